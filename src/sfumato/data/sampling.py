@@ -1,0 +1,199 @@
+"""Samplers: each draws the batches *and* states the event of what it draws, so that the two cannot part.
+
+Fields of a sampler are public. The number of records and the source of randomness are arguments: they are private.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from sfumato import _checks
+from sfumato.errors import PlanError
+from sfumato.privacy import events
+from sfumato.privacy.randomness import RandomSource, keyed_source
+
+
+class Draws(ABC):
+    """The batches of one run over one data set. Private: it holds the size of the data and the order of records."""
+
+    @abstractmethod
+    def batch(self, step: int) -> Tensor:
+        """Return the indices of the records of step `step` (from 0), shape (any,), int64; it may be empty."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep so that a resumed run draws what the event says."""
+        return {}
+
+
+class Sampler(ABC):
+    """Decides who takes part in a step.
+
+    Attributes:
+        kind: The name that is printed.
+        rate: The share of the population that a step uses on average, public.
+    """
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def rate(self) -> float:
+        """The expected share of the population in a batch, in (0, 1]."""
+
+    @abstractmethod
+    def event(self, noise_multiplier: float, steps: int) -> events.Event:
+        """Return what `steps` noised sums over batches of this sampler cost."""
+
+    @abstractmethod
+    def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
+        """Return the draws over `count` records; `state` is what a checkpoint kept."""
+
+
+@final
+@dataclass(frozen=True)
+class FullBatch(Sampler):
+    """Every record in every step. The event claims no amplification."""
+
+    kind = "full-batch"
+
+    @property
+    def rate(self) -> float:
+        """Always 1."""
+        return 1.0
+
+    def event(self, noise_multiplier: float, steps: int) -> events.Event:
+        """Return `steps` Gaussian sums."""
+        return events.repeated(events.gaussian(noise_multiplier), steps)
+
+    def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
+        """Return draws that are always all records."""
+        return _AllRecords(count)
+
+
+@final
+class _AllRecords(Draws):
+    def __init__(self, count: int) -> None:
+        self._all = torch.arange(count)
+
+    def batch(self, step: int) -> Tensor:
+        return self._all
+
+
+@final
+@dataclass(frozen=True)
+class Poisson(Sampler):
+    """Every record joins a step independently with probability `sampling_rate`; batches vary in size.
+
+    **Guarantee**: amplification as in `PoissonSampledDpEvent`, because the draw is what that event describes: secret,
+    independent for each record and each step, at no more than the stated rate. An empty batch is a batch: its step
+    releases noise alone.
+
+    Raises:
+        InputError: the rate is not in (0, 1].
+    """
+
+    sampling_rate: float
+    kind = "poisson"
+
+    def __post_init__(self) -> None:
+        _checks.fraction("sampling_rate", self.sampling_rate, allow_one=True)
+
+    @property
+    def rate(self) -> float:
+        """The probability with which a record joins a step."""
+        return self.sampling_rate
+
+    def event(self, noise_multiplier: float, steps: int) -> events.Event:
+        """Return `steps` Poisson-sampled Gaussian sums."""
+        return events.repeated(events.poisson_sampled(self.sampling_rate, events.gaussian(noise_multiplier)), steps)
+
+    def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
+        """Return independent draws; there is no position to keep."""
+        return _PoissonDraws(count, self.sampling_rate, source)
+
+
+@final
+class _PoissonDraws(Draws):
+    def __init__(self, count: int, rate: float, source: RandomSource) -> None:
+        self._count, self._rate, self._source = count, rate, source
+
+    def batch(self, step: int) -> Tensor:
+        return self._source.bernoulli(self._count, self._rate).nonzero().squeeze(1)
+
+
+@final
+@dataclass(frozen=True)
+class Shuffled(Sampler):
+    """Batches of fixed size from a new random order every epoch, as a shuffling loader does. No amplification claimed.
+
+    An epoch has ceil(population / batch_size) steps, both public. In epochs of several steps, records beyond the
+    population are left out of that epoch, and a smaller data set leaves its last batches short or empty.
+
+    **Guarantee**: under add-or-remove-one, the orders of two neighbouring data sets can be paired so that, in one epoch,
+    the batch that holds the extra record differs by one replacement (sensitivity 2C) and the batch that the substitute
+    came from by one removal (C); nothing else differs. So an epoch costs a Gaussian sum at half the noise multiplier plus
+    one at the full one. When an epoch is a single step, all records are in it and it costs one sum. Under replace-one the
+    orders pair up exactly and one step an epoch differs, so there the same event overstates the cost.
+
+    Raises:
+        InputError: a size is below 1. PlanError: the batch is larger than the population.
+    """
+
+    batch_size: int
+    population: int
+    kind = "shuffled"
+
+    def __post_init__(self) -> None:
+        _checks.count("batch_size", self.batch_size)
+        _checks.count("population", self.population)
+        if self.batch_size > self.population:
+            raise PlanError(f"batch_size {self.batch_size} is larger than the population {self.population}.")
+
+    @property
+    def rate(self) -> float:
+        """batch_size / population."""
+        return self.batch_size / self.population
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """ceil(population / batch_size)."""
+        return math.ceil(self.population / self.batch_size)
+
+    def event(self, noise_multiplier: float, steps: int) -> events.Event:
+        """Return what the epochs begun within `steps` cost."""
+        if self.steps_per_epoch == 1:
+            return events.repeated(events.gaussian(noise_multiplier), steps)
+        epoch = events.composed([events.gaussian(noise_multiplier / 2), events.gaussian(noise_multiplier)])
+        return events.repeated(epoch, math.ceil(steps / self.steps_per_epoch))
+
+    def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
+        """Return draws that go on with the kept order of the epoch, if there is one."""
+        return _ShuffledDraws(self, count, source, state or {})
+
+
+@final
+class _ShuffledDraws(Draws):
+    def __init__(self, sampler: Shuffled, count: int, source: RandomSource, state: dict[str, Any]) -> None:
+        self._sampler, self._count = sampler, count
+        # The order of an epoch is a function of a kept key, so that a run that resumes in the middle of an epoch, even
+        # one whose last steps are lost, goes on with the same order and uses no record twice.
+        self._key: list[int] = state.get("key") or source.words(4).tolist()
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> Tensor:
+        epoch, position = divmod(step, self._sampler.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, keyed_source(self._key, epoch).permutation(self._count)
+        if self._sampler.steps_per_epoch == 1:
+            return self._order
+        start = position * self._sampler.batch_size
+        return self._order[start : min(start + self._sampler.batch_size, self._sampler.population)]
+
+    def state(self) -> dict[str, Any]:
+        return {"key": self._key}

@@ -1,0 +1,39 @@
+"""Which models can be trained privately: refuses, by name and with the fix, what would mix records."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from sfumato.errors import UnsupportedModelError
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model in which the gradient of one record would depend on other records, or nothing is trainable.
+
+    Raises:
+        UnsupportedModelError: names the first such module and what to use in its place.
+    """
+    for name, module in model.named_modules():
+        where = f'Module "{name or "(the model itself)"}" is {type(module).__name__}'
+        if isinstance(module, _BatchNorm):
+            raise UnsupportedModelError(
+                f"{where}, which mixes the records of a batch, so no record's part can be bounded; "
+                "use torch.nn.GroupNorm or torch.nn.LayerNorm in its place."
+            )
+        if isinstance(module, _InstanceNorm) and module.track_running_stats:
+            raise UnsupportedModelError(
+                f"{where} with track_running_stats=True, which keeps un-noised averages of the records; "
+                "use track_running_stats=False."
+            )
+    if not trainable(model):
+        raise UnsupportedModelError("The model has no trainable parameter (requires_grad=True), so there is nothing to train.")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise UnsupportedModelError(f'Parameter "{name}" is {parameter.dtype}; only real floating-point parameters can be trained.')
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that are trained, by name, in the order of `named_parameters`."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

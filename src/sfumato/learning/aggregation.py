@@ -1,0 +1,114 @@
+"""How the clipped sums of clients become released sums: where the noise is added and what a lost client costs.
+
+A value of this kind is a privacy choice: it says who is trusted with what. Each has `combine` and a stated sensitivity: the
+bound of one unit's part, which every `Bounded` carries.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from sfumato import _checks
+from sfumato.privacy import mechanisms
+from sfumato.privacy.bounded import Bounded, Released
+from sfumato.privacy.budget import Relation
+from sfumato.privacy.ledger import Charge
+from sfumato.privacy.randomness import RandomSource
+
+
+@final
+@dataclass(frozen=True)
+class Noise:
+    """What a release needs besides the sums: how much noise, in which relation, paid by whom, drawn from where."""
+
+    multiplier: float
+    relation: Relation
+    charge: Charge
+    source: RandomSource
+
+
+class Aggregation(ABC):
+    """Turns the sums of the clients that answered into released sums.
+
+    Attributes:
+        trust: One sentence on who sees what before the noise, printed with every epsilon.
+    """
+
+    trust: str
+
+    @abstractmethod
+    def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:
+        """Return the released sums by name; exactly one draw of the charge is used.
+
+        Args:
+            parts: The sum of each client that answered; may be empty.
+            zero: A sum of no units, with the round's names, shapes and bound.
+            asked: How many clients were asked.
+            noise: How to release.
+
+        Raises:
+            LostClientsError: too few answered for the noise to be whole.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class ServerNoise(Aggregation):
+    """The server adds the noise to the sum. Lost clients add nothing and the noise stays whole."""
+
+    trust = "The server is trusted: it sees each client's clipped sum before the noise is added."
+
+    def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:
+        """Return one released sum under the name "all"."""
+        total = functools.reduce(Bounded.plus, parts.values(), zero)
+        released = mechanisms.gaussian(
+            total, noise.multiplier, relation=noise.relation, charge=noise.charge, source=noise.source
+        )
+        return {"all": released}
+
+
+@final
+@dataclass(frozen=True)
+class SharedNoise(Aggregation):
+    """Every client adds its part of the noise, sized so that up to `tolerate` of them may be lost.
+
+    A round that loses more is refused; its charge stays spent.
+
+    Raises:
+        InputError: tolerate is negative.
+    """
+
+    tolerate: int = 0
+    trust = (
+        "Each client adds a part of the noise to its own sum: the promise holds for everybody who sees only the total. A "
+        "client's single sum carries less noise than the total, and clients can subtract the part they drew themselves."
+    )
+
+    def __post_init__(self) -> None:
+        _checks.count("tolerate", self.tolerate, minimum=0)
+
+    def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:
+        """Return one released sum under the name "all"."""
+        shared = mechanisms.SharedGaussian(
+            zero.norm_bound, zero.size, noise.multiplier,
+            relation=noise.relation, clients=asked, tolerate=self.tolerate, charge=noise.charge,
+        )  # fmt: skip
+        return {"all": shared.combine([shared.share(part, noise.source) for part in parts.values()])}
+
+
+@final
+@dataclass(frozen=True)
+class LocalNoise(Aggregation):
+    """Every client adds the whole noise to its own sum, so that nobody is trusted and nothing is added up un-noised."""
+
+    trust = "Nobody is trusted: each client's sums carry their full noise before they leave it."
+
+    def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:
+        """Return one released sum for each client, by its name."""
+        return mechanisms.gaussian_each(
+            parts, noise.multiplier, relation=noise.relation, charge=noise.charge, source=noise.source
+        )

@@ -1,0 +1,76 @@
+"""One curator holds all records: DP-SGD (Abadi et al. 2016) with any torch optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sfumato.data.records import Records
+from sfumato.errors import PlanError
+from sfumato.gradients.per_record import ClippedSum, Loss, clipped_gradient_sum
+from sfumato.gradients.support import check_model
+from sfumato.learning.aggregation import ServerNoise
+from sfumato.learning.plan import Plan
+from sfumato.learning.procedure import Procedure, batch_on, check_optimizer, mean_loss, set_gradients
+from sfumato.privacy.bounded import Bounded, Released
+from sfumato.privacy.budget import Unit
+from sfumato.privacy.randomness import RandomSource
+
+
+@final
+class Central(Procedure):
+    """Each step: draw a batch, sum its clipped gradients, and hand the noised sum over the expected batch to the optimiser."""
+
+    def __init__(
+        self, model: nn.Module, records: Records, plan: Plan, loss: Loss, optimizer: Optimizer, source: RandomSource
+    ) -> None:
+        if plan.is_private and plan.budget.unit is not Unit.RECORD:
+            raise PlanError(
+                "One curator's training protects records; for unit \"client\" use federate over records.by_owner()."
+            )
+        if plan.is_private:
+            check_model(model)
+        check_optimizer(model, optimizer)
+        self._model, self._records, self._plan, self._loss = model, records, plan, loss
+        self._optimizer, self._source = optimizer, source
+        self._draws = plan.sampler.start(len(records), source)
+        self.aggregation = ServerNoise()
+        self.not_covered = ("The curator who trains holds all records and is trusted with them.",)
+
+    def contributions(self, step: int) -> dict[str, ClippedSum]:
+        features, targets = batch_on(self._model, self._records, self._draws.batch(step))
+        return {
+            "all": clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip)
+        }
+
+    def asked(self, step: int) -> int:
+        return 1
+
+    def probe(self) -> Bounded:
+        features, targets = batch_on(self._model, self._records, torch.zeros(1, dtype=torch.int64))
+        return clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip).bounded
+
+    def apply(self, released: Mapping[str, Released], step: int) -> None:
+        set_gradients(self._model, released["all"], self._plan.expected_batch)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def plain(self, step: int) -> None:
+        indices = self._draws.batch(step)
+        if not len(indices):
+            return
+        features, targets = batch_on(self._model, self._records, indices)
+        self._optimizer.zero_grad()
+        mean_loss(self._loss(self._model(features), targets)).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self._optimizer.state_dict(), "draws": self._draws.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._draws = self._plan.sampler.start(len(self._records), self._source, state["draws"])

@@ -1,0 +1,72 @@
+"""Checkpoints: model, optimiser, sampler position and the run's place in the ledger, in one file, written at once or not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato.errors import CheckpointError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often to save a run, and whether to go on with what is there.
+
+    A checkpoint belongs to the data: it may hold the secret order of the records. The noise key is never in it.
+
+    Args:
+        path: The file.
+        every: Steps between two saves. After a crash the run goes on behind the last step that may have been noised, so
+            at most `every` steps are lost; they stay charged.
+        resume: Go on with the run in the file; without it an existing file is refused.
+    """
+
+    path: str | Path
+    every: int = 50
+    resume: bool = False
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` atomically.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            torch.save({"version": _VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be written ({error.strerror}); choose another folder.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what `write` wrote; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a checkpoint of this version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}; start without resume, or give the right path.")
+    try:
+        content = torch.load(path, weights_only=True)
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint; restore it from a copy or start a new run.") from error
+    if not isinstance(content, dict) or content.get("version") != _VERSION:
+        raise CheckpointError(f"{path} is not a checkpoint of this version of sfumato; start a new run.")
+    return content

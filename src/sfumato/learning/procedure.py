@@ -1,0 +1,105 @@
+"""What a training does in one step, apart from privacy bookkeeping: make bounded sums, use released ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sfumato.data.records import Records
+from sfumato.errors import UnsupportedModelError
+from sfumato.gradients.per_record import ClippedSum
+from sfumato.gradients.support import trainable
+from sfumato.learning.aggregation import Aggregation
+from sfumato.privacy.bounded import Bounded, Released
+
+
+class Procedure(ABC):
+    """One way to train: the loop in `sfumato.learning.training` calls it and does everything else.
+
+    Attributes:
+        aggregation: Where the noise is added.
+        not_covered: Sentences that this procedure adds to the privacy statement.
+    """
+
+    aggregation: Aggregation
+    not_covered: tuple[str, ...]
+
+    @abstractmethod
+    def contributions(self, step: int) -> dict[str, ClippedSum]:
+        """Return the bounded sum of each client that answered in step `step` (from 0)."""
+
+    @abstractmethod
+    def asked(self, step: int) -> int:
+        """Return how many clients were asked in step `step`."""
+
+    @abstractmethod
+    def probe(self) -> Bounded:
+        """Return one unit's part alone, made by the same code, for the self-check of the first step."""
+
+    @abstractmethod
+    def apply(self, released: Mapping[str, Released], step: int) -> None:
+        """Use the released sums of step `step`: post-processing."""
+
+    @abstractmethod
+    def plain(self, step: int) -> None:
+        """Do step `step` without any privacy."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep besides the model."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+
+def zero_like(model: nn.Module, norm_bound: float) -> Bounded:
+    """Return the sum of no units, in the shapes of the model's trainable parameters."""
+    return Bounded(
+        {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in trainable(model).items()}, norm_bound
+    )
+
+
+def set_gradients(model: nn.Module, released: Released, divisor: float) -> None:
+    """Set the gradient of every trainable parameter to released / divisor, in the parameter's dtype and device."""
+    for name, parameter in trainable(model).items():
+        parameter.grad = (released.value[name] / divisor).to(dtype=parameter.dtype, device=parameter.device)
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimiser that does not hold exactly the model's trainable parameters.
+
+    Raises:
+        UnsupportedModelError: names the first parameter that is missing or foreign.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainable(model).items():
+        if id(parameter) not in held:
+            raise UnsupportedModelError(
+                f'The optimiser does not hold the parameter "{name}"; pass all of model.parameters() or set '
+                "requires_grad=False on what is not trained."
+            )
+        held.discard(id(parameter))
+    frozen = {id(p) for p in model.parameters()}
+    if held - frozen:
+        raise UnsupportedModelError(
+            "The optimiser holds parameters that are not the model's; make it from this model's parameters()."
+        )
+
+
+def batch_on(model: nn.Module, records: Records, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features and targets of `indices` on the model's device."""
+    device = next(model.parameters()).device
+    features, targets = records.batch(indices)
+    return features.to(device), targets.to(device)
+
+
+def mean_loss(losses: Tensor) -> Tensor:
+    """Return the mean of a loss that may already be reduced."""
+    return losses if losses.dim() == 0 else losses.mean()
+

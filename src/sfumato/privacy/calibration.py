@@ -1,0 +1,81 @@
+"""How much noise a budget needs: the smallest noise multiplier found whose proven epsilon is within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import dp_accounting
+from dp_accounting import pld, rdp
+
+from sfumato.errors import PlanError
+from sfumato.privacy import accounting, events
+from sfumato.privacy.budget import Budget
+
+_RELATIVE_TOLERANCE = 1e-5
+_LARGEST = 1e6
+_SMALLEST = 1e-3
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A noise multiplier and what it costs; `spending.epsilon` never exceeds the budget's epsilon."""
+
+    noise_multiplier: float
+    spending: accounting.Spending
+
+
+def calibrate(event_of: Callable[[float], events.Event], budget: Budget) -> Calibration:
+    """Return the noise multiplier for which `event_of(noise_multiplier)` just fits `budget`.
+
+    The Renyi answer comes first, because it is quick and errs on the private side: it closes the bracket from
+    above. The PLD search then works inside the bracket and returns the private end of it.
+
+    Args:
+        event_of: Maps a noise multiplier (noise std over sensitivity, > 0) to the event of the whole run.
+        budget: A finite budget.
+
+    Raises:
+        PlanError: no noise multiplier between 1e-3 and 1e6 fits the budget, or the least of them already does.
+    """
+    if not budget.is_private:
+        raise PlanError("An infinite epsilon needs no noise; there is nothing to calibrate.")
+
+    def spends(noise_multiplier: float) -> float:
+        return accounting.spending(event_of(noise_multiplier), budget.delta, budget.relation).epsilon
+
+    upper = _renyi_answer(event_of, budget)
+    if spends(upper) > budget.epsilon:
+        raise PlanError(f"No noise multiplier up to {_LARGEST:g} keeps {budget}; use fewer steps or a larger budget.")
+    lower = upper / 2
+    while spends(lower) <= budget.epsilon:
+        if lower < _SMALLEST:
+            raise PlanError(
+                f"A noise multiplier below {_SMALLEST:g} would keep {budget}: such a budget protects nobody; "
+                "choose a smaller epsilon."
+            )
+        upper, lower = lower, lower / 2
+    found = float(
+        dp_accounting.calibrate_dp_mechanism(
+            pld.PLDAccountant,
+            event_of,
+            budget.epsilon,
+            budget.delta,
+            dp_accounting.ExplicitBracketInterval(lower, upper),
+            tol=_RELATIVE_TOLERANCE * upper,
+        )
+    )
+    # `spending` may have used a finer grid than the search; the answer is checked by what will be claimed.
+    if spends(found) > budget.epsilon:
+        found = upper
+    return Calibration(found, accounting.spending(event_of(found), budget.delta, budget.relation))
+
+
+def _renyi_answer(event_of: Callable[[float], events.Event], budget: Budget) -> float:
+    """Return a noise multiplier whose Renyi epsilon is at most the budget's, within 2 % of the least such."""
+    lower, upper = _SMALLEST, _LARGEST
+    while upper / lower > 1.02:
+        middle = (lower * upper) ** 0.5
+        epsilon = rdp.RdpAccountant().compose(event_of(middle)).get_epsilon(budget.delta)
+        lower, upper = (lower, middle) if epsilon <= budget.epsilon else (middle, upper)
+    return upper

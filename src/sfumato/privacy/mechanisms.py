@@ -1,0 +1,198 @@
+"""The only file that draws noise: `Bounded` goes in, `Released` comes out, and the ledger has already been charged.
+
+**Floating point.** Noise computed in floating point leaks through its low bits which number was added to it (Mironov
+2012, "On significance of the least significant bits for differential privacy"; Holohan and Braghin 2021, "Secure random
+sampling in differential privacy"). So both the sum and the noise are put on one fixed grid, a power of two that depends
+on public numbers only: sum + noise = grid * (integer + integer), which float64 computes exactly. A sum on the grid plus
+ideal Gaussian noise rounded to the grid is the rounded Gaussian mechanism, hence post-processing of it. Rounding the
+sum can move it by at most grid * sqrt(d), which is added to the sensitivity before the noise is scaled. What remains is
+the rounding inside log, sqrt, sin and cos in float64, about 2**-28 of the mass of one grid cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from sfumato import _checks
+from sfumato.errors import LostClientsError, SelfCheckError, SfumatoError
+from sfumato.privacy.bounded import RELEASE, Bounded, Released
+from sfumato.privacy.budget import Relation
+from sfumato.privacy.ledger import Charge
+from sfumato.privacy.randomness import RandomSource
+
+_GRID_BITS = 24
+_EXACT = 2.0**51  # grid units: far inside what float64 adds exactly, and a thousand times any honest sum
+
+
+def grid_of(norm_bound: float) -> float:
+    """Return the spacing on which sums with this bound are released: 2**-24 of the bound, as a power of two."""
+    return 2.0 ** (math.floor(math.log2(norm_bound)) - _GRID_BITS)
+
+
+def noise_std(bounded: Bounded, noise_multiplier: float, relation: Relation) -> float:
+    """Return the noise std for `bounded`: noise_multiplier * (sensitivity + grid * sqrt(size))."""
+    rounding = grid_of(bounded.norm_bound) * math.sqrt(bounded.size)
+    return noise_multiplier * (bounded.sensitivity(relation) + rounding)
+
+
+def gaussian(
+    bounded: Bounded, noise_multiplier: float, *, relation: Relation, charge: Charge, source: RandomSource
+) -> Released:
+    """Release a bounded sum with Gaussian noise on every coordinate.
+
+    **Guarantee**: the release is `GaussianDpEvent(noise_multiplier)` in the given relation. The ledger has paid for
+    this draw before the noise exists, so a crash in between loses budget, never privacy.
+
+    **Edge cases**
+
+    | case | what happens |
+    | --- | --- |
+    | a sum of no units (empty batch) | noise alone is released |
+    | a coordinate is NaN or infinite | refused before the charge is touched |
+    | the charge has no draws left | BudgetExhaustedError, no noise drawn |
+    | the charge was carried into a forked process | refused |
+
+    Args:
+        bounded: The private sum.
+        noise_multiplier: Noise std over sensitivity, > 0.
+        relation: The neighbouring relation of the promise; it decides the sensitivity.
+        charge: The ledger's receipt; one draw is taken from it.
+        source: Where the noise comes from.
+
+    Raises:
+        SelfCheckError: the sum is not finite or too large for its bound.
+    """
+    return gaussian_each(
+        {"all": bounded}, noise_multiplier, relation=relation, charge=charge, source=source
+    )["all"]
+
+
+def gaussian_each(
+    parts: Mapping[str, Bounded], noise_multiplier: float, *, relation: Relation, charge: Charge, source: RandomSource
+) -> dict[str, Released]:
+    """Release several bounded sums over disjoint sets of units, each with its own noise, for the price of one.
+
+    **Guarantee**: as `gaussian`: a unit is in one part only, so what the other parts release does not depend on it
+    (parallel composition). That the parts are disjoint is the caller's promise: one part for each owner.
+    """
+    _checks.positive("noise_multiplier", noise_multiplier)
+    ready = [
+        (name, _on_grid(part, grid_of(part.norm_bound)), noise_std(part, noise_multiplier, relation), grid_of(part.norm_bound))
+        for name, part in parts.items()
+    ]
+    draw = charge.take()
+    released = {}
+    for name, units, std, grid in ready:
+        value = {key: _add_noise(tensor, std / grid, source).mul_(grid) for key, tensor in units.items()}
+        released[name] = Released(value, std, grid, draw, RELEASE)
+    return released
+
+
+@final
+@dataclass(frozen=True)
+class NoisyShare:
+    """One client's sum with its part of the noise: safe only once enough shares are added up.
+
+    Attributes:
+        round: Which `SharedGaussian` it belongs to.
+    """
+
+    round: object
+    units: dict[str, Tensor] = field(repr=False)
+
+
+@final
+class SharedGaussian:
+    """One release whose noise is drawn by the clients: each adds a part, so the server never sees an un-noised sum.
+
+    Every client adds Gaussian noise of variance std**2 / (clients - tolerate). The sum of the shares therefore has at
+    least the full variance as long as at most `tolerate` clients are lost; beyond that the round is refused.
+
+    **Guarantee**: the combined sum is `GaussianDpEvent(noise_multiplier)` against everybody who sees only the sum. A
+    single share is protected by its own part of the noise alone, and a client can subtract the part that it drew.
+    The shares are rounded to the grid one by one; their std is over 2**20 grid cells, where the sum of rounded
+    Gaussians differs from a rounded Gaussian by less than exp(-2**40).
+
+    Args:
+        norm_bound: The public bound on one unit's part.
+        size: Number of coordinates.
+        noise_multiplier: Of the combined sum.
+        relation: The neighbouring relation.
+        clients: How many clients were asked.
+        tolerate: How many of them may be lost.
+        charge: One draw is taken for the whole round, before any share exists.
+
+    Raises:
+        InputError: tolerate is not below clients.
+    """
+
+    def __init__(
+        self, norm_bound: float, size: int, noise_multiplier: float, *,
+        relation: Relation, clients: int, tolerate: int, charge: Charge,
+    ) -> None:  # fmt: skip
+        _checks.positive("noise_multiplier", noise_multiplier)
+        self._needed = _checks.count("clients minus tolerated losses", clients - tolerate)
+        self._clients = clients
+        probe = Bounded({"all": torch.empty(size, device="meta")}, norm_bound)
+        self._norm_bound = norm_bound
+        self._grid = grid_of(norm_bound)
+        self._std = noise_std(probe, noise_multiplier, relation)
+        # Each client rounds its own sum; only one of them holds the unit that differs, so one rounding counts.
+        self._draw = charge.take()
+
+    def share(self, bounded: Bounded, source: RandomSource) -> NoisyShare:
+        """Return a client's sum with that client's part of the noise, drawn from the client's own source.
+
+        Raises:
+            SfumatoError: the sum has a larger bound than the round was opened for.
+        """
+        if not bounded.norm_bound <= self._norm_bound:
+            raise SfumatoError(
+                f"A client's sum is bounded by {bounded.norm_bound:g}, the round by {self._norm_bound:g}; clip to the latter."
+            )
+        part = self._std / math.sqrt(self._needed) / self._grid
+        units = {name: _add_noise(value, part, source) for name, value in _on_grid(bounded, self._grid).items()}
+        return NoisyShare(self, units)
+
+    def combine(self, shares: Sequence[NoisyShare]) -> Released:
+        """Return the sum of the shares.
+
+        Raises:
+            LostClientsError: more clients were lost than tolerated; nothing is released and the charge stays spent.
+            SfumatoError: a share belongs to another round, or arrived twice.
+        """
+        if any(share.round is not self for share in shares) or len({id(share) for share in shares}) != len(shares):
+            raise SfumatoError("A noise share belongs to another round or arrived twice; nothing was released.")
+        if len(shares) < self._needed:
+            raise LostClientsError(
+                f"Only {len(shares)} of {self._clients} clients answered and the noise needs {self._needed}: the round was "
+                "not released and its charge stays spent. Fix: tolerate more losses (every client then adds more noise) "
+                "or let the server add the noise."
+            )
+        total = {name: torch.stack([share.units[name] for share in shares]).sum(0) for name in shares[0].units}
+        std = self._std * math.sqrt(len(shares) / self._needed)
+        return Released({name: units.mul_(self._grid) for name, units in total.items()}, std, self._grid, self._draw, RELEASE)
+
+
+def _on_grid(bounded: Bounded, grid: float) -> dict[str, Tensor]:
+    """Return the value in whole grid units, float64."""
+    units = {name: tensor.to(torch.float64).div(grid).round_() for name, tensor in bounded.value.items()}
+    for name, tensor in units.items():
+        # Written so that NaN fails it.
+        if tensor.numel() and not bool(tensor.abs().max() < _EXACT):
+            raise SelfCheckError(
+                f'The bounded sum for "{name}" is not finite or far beyond its bound; nothing was released. '
+                "This is a fault in the code that made the sum, not in your data."
+            )
+    return units
+
+
+def _add_noise(units: Tensor, std_units: float, source: RandomSource) -> Tensor:
+    noise = source.normal(units.numel()).mul_(std_units).round_().view(units.shape)
+    return units.add_(noise.to(units.device))

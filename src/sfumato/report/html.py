@@ -1,0 +1,228 @@
+"""The report a data-protection officer reads: one HTML page, no network, no script, no other file."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from jinja2 import Environment, StrictUndefined
+
+from sfumato.errors import InputError
+from sfumato.privacy.budget import Relation, Unit
+from sfumato.report import plots
+from sfumato.report.numbers import bound, number, percent, percent_bound
+from sfumato.report.result import LedgerEntry, Privacy, Result, Run, exact_sum, write_text_atomically
+
+FILE_NAME: Final = "report.html"
+LONG_TABLE: Final = 12
+MOST_COLUMNS: Final = 5
+
+_MODES: Final = {
+    "alone": "each owner trains alone",
+    "pooled": "all records in one place",
+    "pooled-private": "all records in one place, with privacy",
+    "federated": "the owners train together, records stay where they are",
+    "federated-private": "the owners train together, records stay where they are, with privacy",
+    "central": "one curator",
+    "central-private": "one curator, with privacy",
+}
+_UNITS: Final = {
+    Unit.RECORD: "one record (one row of the data)",
+    Unit.CLIENT: "one owner, with every record that owner holds",
+}
+_NEIGHBOURS: Final = {
+    Relation.ADD_OR_REMOVE_ONE: "the same data with {one} more or less",
+    Relation.REPLACE_ONE: "the same data with {one} exchanged for any other",
+}
+
+
+def render(result: Result) -> str:
+    """Return the whole page as text; the same result always gives the same page."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "bound": bound,
+        "number": number,
+        "percent": percent,
+        "percent_bound": percent_bound,
+        "exact": repr,
+    }
+    page = resources.files("sfumato.report").joinpath("page.html").read_text("utf-8")
+    ledger = result.ledger
+    return environment.from_string(page).render(
+        result=result,
+        title=result.title or "Privacy report",
+        summary=summary(result),
+        private=result.private_runs,
+        modes={mode: words for mode, words in _MODES.items() if mode in {run.mode for run in result.runs}},
+        columns=_columns(len(result.private_runs)),
+        units=_UNITS,
+        neighbours=_neighbours(result.private_runs),
+        promises=_promises(result.private_runs),
+        together=_together(result.private_runs),
+        gaps=_gaps(result.private_runs),
+        plots=_plots(result),
+        scored=[run for run in result.runs if run.metrics.accuracy is not None],
+        spending=_of_kind(ledger.entries, {"grant", "charge"}) if ledger else [],
+        bookkeeping=_of_kind(ledger.entries, {"lease", "pause"}) if ledger else [],
+        verify=f"sfumato ledger verify {shlex.quote(ledger.path)} --digest {ledger.digest}" if ledger else "",
+        long_table=LONG_TABLE,
+        event_json=lambda privacy: json.dumps(privacy.event, indent=2, ensure_ascii=False),
+    )
+
+
+def write_report(result: Result, folder: str | Path) -> Path:
+    """Write the page as `report.html` into `folder` (made if missing), whole or not at all; return its path.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be made a folder ({error.strerror}); choose another one."
+        ) from None
+    return write_text_atomically(folder / FILE_NAME, render(result))
+
+
+def guess_bound(epsilon: float, delta: float) -> float:
+    """Return the largest chance of telling rightly, from a 50:50 prior, whether one unit was in the data.
+
+    At most e^epsilon / (1 + e^epsilon) + delta: the hypothesis-testing view of differential privacy
+    (Kairouz, Oh and Viswanath 2015), rounded up.
+    """
+    return min(1.0, math.nextafter(1 / (1 + math.exp(-epsilon)), math.inf) + delta)
+
+
+def summary(result: Result) -> list[str]:
+    """Return the sentences of the opening paragraph: what was trained, who is protected, at what cost."""
+    return [_what(result), *_who_and_promise(result), *_price(result)]
+
+
+def _what(result: Result) -> str:
+    count = len(result.runs)
+    runs = "one training run" if count == 1 else f"{count} training runs"
+    data = f" on the data set “{result.dataset.name}”" if result.dataset else ""
+    owners = result.owners
+    held = f", held by {len(owners)} owners ({_listed(owners, 8)})" if len(owners) > 1 else ""
+    return f"This page reports {runs}{data}{held}."
+
+
+def _who_and_promise(result: Result) -> list[str]:
+    statements = [run.privacy for run in result.private_runs if run.privacy is not None]
+    alone = len(result.runs) == 1
+    if not statements:
+        subject = "It is not" if alone else "None of them is"
+        return [f"{subject} private: nothing is promised to anybody whose records were used."]
+    units = " or ".join(_UNITS[unit] for unit in dict.fromkeys(p.unit for p in statements))
+    verb = "is" if len(statements) == 1 else "are"
+    subject = "It is private and" if alone else f"Of these, {len(statements)} {verb} private; each"
+    strict, loose = (pick(statements, key=lambda p: (p.epsilon, p.delta)) for pick in (min, max))
+    guesses = f"at most {_guess(strict)} of the time"
+    if loose.epsilon > strict.epsilon:
+        guesses += (
+            f" at epsilon {bound(strict.epsilon)} and {_guess(loose)} at epsilon {bound(loose.epsilon)}"
+        )
+        epsilon = f"epsilon between {bound(strict.epsilon)} and {bound(loose.epsilon)}"
+    else:
+        epsilon = f"epsilon {bound(loose.epsilon)}"
+    return [
+        f"{subject} protects any {units}.",
+        f"The promise is {epsilon} (delta at most {bound(max(p.delta for p in statements))}): somebody who "
+        f"sees the trained model and must tell whether {_one(statements)} was used is right {guesses}, "
+        "where a coin is right 50 %.",
+    ]
+
+
+def _guess(privacy: Privacy) -> str:
+    return percent_bound(guess_bound(privacy.epsilon, privacy.delta))
+
+
+def _price(result: Result) -> list[str]:
+    pairs = [(run, result.counterpart(run)) for run in result.private_runs]
+    losses = [
+        round(100 * (plain.metrics.accuracy.mean - run.metrics.accuracy.mean), 1) + 0.0
+        for run, plain in pairs
+        if plain and plain.metrics.accuracy and run.metrics.accuracy
+    ]
+    if not losses:
+        return []
+    low, high = min(losses), max(losses)
+    if low == high:
+        size = f"{abs(low):.1f} percentage points of accuracy {'lower' if low >= 0 else 'higher'}"
+        return [f"Privacy made the result {size} than the same training without it."]
+    note = " (minus: the private run came out better)" if low < 0 else ""
+    return [
+        f"Privacy cost between {low:.1f} and {high:.1f} percentage points of accuracy against the same "
+        f"training without it{note}."
+    ]
+
+
+def _one(statements: list[Privacy]) -> str:
+    units = {p.unit for p in statements}
+    if len(units) > 1:
+        return "one of them"
+    return "one record" if Unit.RECORD in units else "one owner"
+
+
+def _neighbours(private: list[Run]) -> list[tuple[str, str, str]]:
+    pairs = dict.fromkeys((run.privacy.unit, run.privacy.relation) for run in private if run.privacy)
+    return [(unit, relation, _NEIGHBOURS[relation].format(one=_UNITS[unit])) for unit, relation in pairs]
+
+
+def _promises(private: list[Run]) -> list[tuple[list[str], float, float, float]]:
+    """Group run names by (epsilon, delta), most private first, each with the bound on an attacker's guess."""
+    groups: dict[tuple[float, float], list[str]] = {}
+    for run in private:
+        if run.privacy:
+            groups.setdefault((run.privacy.epsilon, run.privacy.delta), []).append(run.name)
+    return [(names, *promise, guess_bound(*promise)) for promise, names in sorted(groups.items())]
+
+
+def _together(private: list[Run]) -> tuple[float, float, int] | None:
+    """Return what releasing every model of every seed costs (basic composition), and how many there are."""
+    statements = [(run.privacy, run.metrics.accuracy.seeds if run.metrics.accuracy else 1) for run in private]
+    same = len({(p.unit, p.relation) for p, _ in statements if p}) == 1
+    models = sum(seeds for _, seeds in statements)
+    if models < 2 or not same:
+        return None
+    epsilon = exact_sum((p.epsilon, seeds) for p, seeds in statements if p)
+    delta = exact_sum((p.delta, seeds) for p, seeds in statements if p)
+    return epsilon, delta, models
+
+
+def _columns(runs: int) -> int:
+    """Return how many runs stand side by side so that the tables are about equally wide."""
+    tables = max(1, math.ceil(runs / MOST_COLUMNS))
+    return max(1, math.ceil(runs / tables))
+
+
+def _gaps(private: list[Run]) -> list[str]:
+    sentences = (" ".join(text.split()) for run in private if run.privacy for text in run.privacy.not_covered)
+    return [sentence for sentence in dict.fromkeys(sentences) if sentence]
+
+
+def _plots(result: Result) -> dict[str, str | None]:
+    return {
+        "steps": plots.epsilon_over_steps(result),
+        "runs": plots.accuracy_by_run(result),
+        "epsilon": plots.accuracy_over_epsilon(result),
+        "owners": plots.accuracy_by_owner(result),
+    }
+
+
+def _of_kind(entries: Iterable[LedgerEntry], kinds: set[str]) -> list[LedgerEntry]:
+    return [entry for entry in entries if entry.kind in kinds]
+
+
+def _listed(names: list[str], limit: int) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
