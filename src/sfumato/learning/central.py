@@ -55,7 +55,7 @@ class Central(Procedure):
         return clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip).bounded
 
     def apply(self, released: Mapping[str, Released], step: int) -> None:
-        set_gradients(self._model, released["all"], self._plan.expected_batch)
+        set_gradients(self._model, released["all"].value, self._plan.expected_batch)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -11,30 +11,26 @@ noised (`sfumato.learning.aggregation`), and the server's optimiser takes the re
 
 from __future__ import annotations
 
-import copy
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeVar, final
 
-import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 
-from sfumato import _checks
 from sfumato.data.records import Records
-from sfumato.data.sampling import FullBatch, Shuffled
+from sfumato.data.sampling import Shuffled
 from sfumato.errors import InputError, PlanError
-from sfumato.gradients.clipping import clip_vector
-from sfumato.gradients.per_record import ClippedSum, Loss, clipped_gradient_sum
+from sfumato.gradients.per_record import Loss
 from sfumato.gradients.support import check_model, trainable
-from sfumato.learning.aggregation import Aggregation, LocalNoise, ServerNoise, SharedNoise
+from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.plan import Plan
-from sfumato.learning.procedure import Procedure, batch_on, mean_loss, set_gradients, zero_like
-from sfumato.privacy.bounded import Bounded, Released
+from sfumato.learning.procedure import Procedure
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.randomness import RandomSource
+
+Answer = TypeVar("Answer")
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Makes an optimiser for given parameters, for example `functools.partial(torch.optim.SGD, lr=0.1)`."""
@@ -43,7 +39,7 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 class Engine(Protocol):
     """Where the clients of a round run."""
 
-    def run(self, work: Callable[[str], ClippedSum], clients: Sequence[str], step: int) -> dict[str, ClippedSum]:
+    def run(self, work: Callable[[str], Answer], clients: Sequence[str], step: int) -> dict[str, Answer]:
         """Return what `work` gave for each client that answered; who is missing was lost."""
         ...
 
@@ -85,158 +81,48 @@ class Algorithm(ABC):
         """Return the procedure, with the noise where asked or where the algorithm needs it."""
 
 
-@final
-@dataclass(frozen=True)
-class FedSGD(Algorithm):
-    """One gradient of each client a round (McMahan et al. 2017).
 
-    Args:
-        optimizer: Makes the server's optimiser.
-    """
-
-    optimizer: MakeOptimizer
-
-    def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
-        """Return the procedure of one gradient a round."""
-        return _OneSum(federation, noise, self.optimizer, _gradient_work(federation))
-
-
-@final
-@dataclass(frozen=True)
-class FedAvg(Algorithm):
-    """Clients train on their own for a while, then their models are averaged (McMahan et al. 2017).
-
-    Args:
-        local: Makes a client's optimiser, anew in every round.
-        local_steps: Steps of a client between two averages.
-        batch_size: Records of a local step for unit "client" and without privacy; None means all of the client's
-            records. For unit "record" the plan's sampler draws.
-        server: Makes the server's optimiser for the averaged update; the default takes it as it is.
+def check_federation(federation: Federation) -> None:
+    """Refuse a federation that cannot keep its plan.
 
     Raises:
-        InputError: a count is below 1.
+        InputError: there is no client, or a client has no record.
+        PlanError: the sampler or the population does not fit the unit.
+        UnsupportedModelError: the model mixes records.
     """
-
-    local: MakeOptimizer
-    local_steps: int = 1
-    batch_size: int | None = None
-    server: MakeOptimizer = functools.partial(SGD, lr=1.0)
-
-    def __post_init__(self) -> None:
-        _checks.count("local_steps", self.local_steps)
-        if self.batch_size is not None:
-            _checks.count("batch_size", self.batch_size)
-
-    def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
-        """Return local DP-SGD for unit "record", and clipped updates otherwise."""
-        if federation.plan.is_private and not federation.protects_clients:
-            if noise is not None and not isinstance(noise, LocalNoise):
-                raise PlanError(
-                    "FedAvg that protects records adds noise inside every client (LocalNoise): several local steps "
-                    "cannot be bounded for one record afterwards. Use FedSGD for noise at the server, or unit \"client\"."
-                )
-            return _LocalPrivateSteps(federation, self)
-        return _OneSum(federation, noise, self.server, _update_work(federation, self))
-
-
-Work = Callable[[str, Tensor | None], tuple[dict[str, Tensor], int]]
-"""A client's plain work: (client, indices or None for its own choice) to named tensors and the records behind them."""
-
-
-@final
-class _OneSum(Procedure):
-    """One bounded sum a round: of clipped record gradients, or of clipped client vectors."""
-
-    def __init__(
-        self, federation: Federation, noise: Aggregation | None, server: MakeOptimizer,
-        vector: Callable[[str, int], tuple[dict[str, Tensor], int]],
-    ) -> None:  # fmt: skip
-        _check_federation(federation)
-        self._federation, self._vector = federation, vector
-        self._names = list(federation.clients)
-        self._optimizer = server(trainable(federation.model).values())  # type: ignore[arg-type]
-        self.aggregation = noise or ServerNoise()
-        plan = federation.plan
-        if federation.protects_clients and isinstance(self.aggregation, SharedNoise) and not isinstance(plan.sampler, FullBatch):
-            raise PlanError(
-                "Noise shared among a sampled cohort would reveal who was drawn; use ServerNoise, or let every client take "
-                "part in every round (batch_size equal to the number of clients)."
-            )
-        self.not_covered = (self.aggregation.trust, *_who_is_protected(federation))
-        self._start(None)
-
-    def _start(self, states: dict[str, Any] | None) -> None:
-        plan, source = self._federation.plan, self._federation.source
-        kept = states or {}
-        if self._federation.protects_clients:
-            self._cohorts = plan.sampler.start(len(self._names), source, kept.get("cohorts"))
-            self._draws = {}
-        else:
-            self._draws = {
-                name: plan.sampler.start(len(records), source, kept.get(name))
-                for name, records in self._federation.clients.items()
-            }
-
-    def _cohort(self, step: int) -> list[str]:
-        if not self._federation.protects_clients:
-            return self._names
-        return [self._names[index] for index in self._cohorts.batch(step).tolist()]
-
-    def contributions(self, step: int) -> dict[str, ClippedSum]:
-        self._current = self._cohort(step)
-        if self._federation.protects_clients:
-            return self._federation.engine.run(lambda name: self._client_part(name, step), self._current, step)
-        # Drawn here, in the clients' order, so that an engine that runs them in another order changes nothing.
-        batches = {name: self._draws[name].batch(step) for name in self._current}
-        return self._federation.engine.run(lambda name: self._record_part(name, batches[name]), self._current, step)
-
-    def asked(self, step: int) -> int:
-        return len(self._current)
-
-    def probe(self) -> Bounded:
-        name = self._names[0]
-        if self._federation.protects_clients:
-            return self._client_part(name, 0).bounded
-        return self._record_part(name, torch.zeros(1, dtype=torch.int64)).bounded
-
-    def _record_part(self, name: str, indices: Tensor) -> ClippedSum:
-        federation = self._federation
-        features, targets = batch_on(federation.model, federation.clients[name], indices)
-        return clipped_gradient_sum(
-            federation.model, federation.loss, features, targets, clip_norm=federation.plan.clip
+    if not federation.clients:
+        raise InputError("A federation needs at least one client; pass a mapping of name to Records.")
+    for name, records in federation.clients.items():
+        if not len(records):
+            raise InputError(f'Client "{name}" has no records; leave it out of the federation.')
+    check_model(federation.model)
+    plan = federation.plan
+    if isinstance(plan.sampler, Shuffled):
+        raise PlanError('Shuffled batches are not defined across clients; use sampling "poisson" or a full batch.')
+    if federation.protects_clients and plan.population != len(federation.clients):
+        raise PlanError(
+            f"The plan is for a population of {plan.population} clients and the federation has {len(federation.clients)}; "
+            "make the plan for the clients there are."
         )
 
-    def _client_part(self, name: str, step: int) -> ClippedSum:
-        vector, _ = self._vector(name, step)
-        bounded, finite = clip_vector(vector, self._federation.plan.clip)
-        return ClippedSum(bounded, 0 if finite else 1)
 
-    def apply(self, released: Mapping[str, Released], step: int) -> None:
-        model = self._federation.model
-        total = functools.reduce(_add, (release.value for release in released.values()))
-        self._set_and_step({name: tensor / self._federation.plan.expected_batch for name, tensor in total.items()})
-        del model
+def who_is_protected(federation: Federation) -> tuple[str, ...]:
+    """Return the sentences about the unit that belong to the statement."""
+    who = "Which clients take part, and when they answer."
+    if federation.protects_clients:
+        return (who,)
+    return (who, "A person with records at several clients, or with several records, is protected for each record alone.")
 
-    def plain(self, step: int) -> None:
-        vectors = [self._vector(name, step) for name in self._cohort(step)]
-        count = sum(size for _, size in vectors)
-        if not count:
-            return
-        weighted = [{name: tensor * (size / count) for name, tensor in vector.items()} for vector, size in vectors]
-        self._set_and_step(functools.reduce(_add, weighted))
 
-    def _set_and_step(self, gradient: Mapping[str, Tensor]) -> None:
-        for name, parameter in trainable(self._federation.model).items():
-            parameter.grad = gradient[name].to(dtype=parameter.dtype, device=parameter.device)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+def server_optimizer(federation: Federation, make: MakeOptimizer) -> Optimizer:
+    """Return the server's optimiser over the trainable parameters."""
+    names = trainable(federation.model)
+    return make([parameter for name, parameter in federation.model.named_parameters() if name in names])
 
-    def state(self) -> dict[str, Any]:
-        draws = {name: draw.state() for name, draw in self._draws.items()}
-        if self._federation.protects_clients:
-            draws["cohorts"] = self._cohorts.state()
-        return {"optimizer": self._optimizer.state_dict(), "draws": draws}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._start(state["draws"])
+def start_draws(federation: Federation, states: Mapping[str, Any]) -> dict[str, Any]:
+    """Return each client's draws over its own records, going on with kept states."""
+    return {
+        name: federation.plan.sampler.start(len(records), federation.source, states.get(name))
+        for name, records in federation.clients.items()
+    }

@@ -15,7 +15,7 @@ from sfumato.errors import UnsupportedModelError
 from sfumato.gradients.per_record import ClippedSum
 from sfumato.gradients.support import trainable
 from sfumato.learning.aggregation import Aggregation
-from sfumato.privacy.bounded import Bounded, Released
+from sfumato.privacy.bounded import Bounded, Released, Tensors
 
 
 class Procedure(ABC):
@@ -65,10 +65,15 @@ def zero_like(model: nn.Module, norm_bound: float) -> Bounded:
     )
 
 
-def set_gradients(model: nn.Module, released: Released, divisor: float) -> None:
-    """Set the gradient of every trainable parameter to released / divisor, in the parameter's dtype and device."""
+def set_gradients(model: nn.Module, total: Tensors, divisor: float) -> None:
+    """Set the gradient of every trainable parameter to total / divisor, in the parameter's dtype and device."""
     for name, parameter in trainable(model).items():
-        parameter.grad = (released.value[name] / divisor).to(dtype=parameter.dtype, device=parameter.device)
+        parameter.grad = (total[name] / divisor).to(dtype=parameter.dtype, device=parameter.device)
+
+
+def add_tensors(left: Tensors, right: Tensors) -> dict[str, Tensor]:
+    """Return the sum of two sets of named tensors."""
+    return {name: tensor + right[name] for name, tensor in left.items()}
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

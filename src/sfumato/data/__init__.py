@@ -1,0 +1,1 @@
+"""Place 1: records, their owners, how batches are drawn."""

@@ -1,0 +1,123 @@
+"""The front door: `train`, `steps`, `federate` and `rounds`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sfumato.data.records import Records
+from sfumato.gradients.per_record import Loss
+from sfumato.learning.aggregation import Aggregation
+from sfumato.learning.central import Central
+from sfumato.learning.checkpoint import Checkpoint
+from sfumato.learning.federated import Algorithm, Engine, Federation
+from sfumato.learning.plan import Plan
+from sfumato.learning.training import Account, Step, Training, TrainingResult
+from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.randomness import RandomSource, SecureSource
+
+
+def steps(
+    model: nn.Module, records: Records, plan: Plan, *, loss: Loss, optimizer: Optimizer,
+    ledger: Ledger | None = None, dataset: str | None = None, purpose: str = "training", by: str | None = None,
+    source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
+) -> Training:  # fmt: skip
+    """Return the training of one model on one curator's records, to be stepped through.
+
+    With an infinite epsilon this is plain PyTorch training on the sampler's batches.
+
+    Args:
+        model: Trained in place; it is never wrapped, and its `state_dict` keys stay as they are.
+        records: The private records.
+        plan: Unit "record".
+        loss: Called as loss(outputs, targets); any reduction.
+        optimizer: Over the model's trainable parameters.
+        ledger: Where the charge is written. None: the run is bounded by its plan but nobody remembers it.
+        dataset: The data set's name in the ledger; by default the records' name.
+        purpose: What the charge is called.
+        by: Who trains; by default the user's login.
+        source: Randomness for sampling and noise; by default a fresh secure source.
+        checkpoint: Where to save; needs a ledger on disk if the plan is private.
+
+    Raises:
+        SfumatoError: one of its kinds, each with the fix; a refusal before the first noise costs nothing.
+    """
+    source = source or SecureSource()
+    procedure = Central(model, records, plan, loss, optimizer, source)
+    account = Account(dataset or records.name, ledger, purpose, by)
+    return Training(model, plan, procedure, account, source, checkpoint)
+
+
+def train(
+    model: nn.Module, records: Records, plan: Plan, *, loss: Loss, optimizer: Optimizer,
+    ledger: Ledger | None = None, dataset: str | None = None, purpose: str = "training", by: str | None = None,
+    source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> TrainingResult:  # fmt: skip
+    """Train to the end of the plan: `steps`, run through. `on_step` is called after every step."""
+    training = steps(
+        model, records, plan, loss=loss, optimizer=optimizer, ledger=ledger, dataset=dataset, purpose=purpose, by=by,
+        source=source, checkpoint=checkpoint,
+    )  # fmt: skip
+    return _finish(training, on_step)
+
+
+def rounds(
+    model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
+    noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
+    ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
+    by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
+) -> Training:  # fmt: skip
+    """Return the training of one model by a federation, to be stepped through.
+
+    Args:
+        model: The server's model, trained in place.
+        clients: Name to records; each client's records are only used by that client's work.
+        plan: Unit "record" or "client" (then its population is the number of clients).
+        algorithm: `FedSGD` or `FedAvg`.
+        engine: Where clients run, for example `Simulation()`.
+        loss: Called as loss(outputs, targets); any reduction.
+        noise: `ServerNoise()` (default), `SharedNoise(tolerate)` or `LocalNoise()`.
+        populations: Declared number of records of each client; `FedAvg` with unit "record" needs it.
+        ledger: As for `steps`.
+        dataset: The data set's name in the ledger.
+        purpose: What the charge is called.
+        by: Who trains.
+        source: Randomness for sampling and noise.
+        checkpoint: As for `steps`.
+
+    Raises:
+        SfumatoError: one of its kinds, each with the fix.
+    """
+    source = source or SecureSource()
+    federation = Federation(model, clients, plan, loss, engine, source, populations)
+    account = Account(dataset, ledger, purpose, by)
+    return Training(model, plan, algorithm.procedure(federation, noise), account, source, checkpoint)
+
+
+def federate(
+    model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
+    noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
+    ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
+    by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> TrainingResult:  # fmt: skip
+    """Train to the end of the plan: `rounds`, run through. `on_step` is called after every round."""
+    training = rounds(
+        model, clients, plan, algorithm=algorithm, engine=engine, loss=loss, noise=noise, populations=populations,
+        ledger=ledger, dataset=dataset, purpose=purpose, by=by, source=source, checkpoint=checkpoint,
+    )  # fmt: skip
+    return _finish(training, on_step)
+
+
+def _finish(training: Training, on_step: Callable[[Step], None] | None) -> TrainingResult:
+    try:
+        for step in training:
+            if on_step is not None:
+                on_step(step)
+    except KeyboardInterrupt:
+        training.pause()
+        raise
+    return training.result()

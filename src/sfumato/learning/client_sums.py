@@ -1,0 +1,106 @@
+"""Sums in which each client is one vector: its gradient or its update, clipped as a whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from sfumato.data.sampling import FullBatch
+from sfumato.errors import PlanError
+from sfumato.gradients.clipping import clip_vector
+from sfumato.gradients.per_record import ClippedSum
+from sfumato.learning.aggregation import Aggregation, ServerNoise, SharedNoise
+from sfumato.learning.federated import (
+    Federation,
+    MakeOptimizer,
+    check_federation,
+    server_optimizer,
+    who_is_protected,
+)
+from sfumato.learning.procedure import Procedure, add_tensors, set_gradients
+from sfumato.privacy.bounded import Bounded, Released
+
+
+@final
+@dataclass(frozen=True)
+class Vector:
+    """What one client computed, before clipping: in the direction of a gradient, by parameter name.
+
+    Attributes:
+        value: Named tensors.
+        weight: Records behind it; used only without privacy.
+    """
+
+    value: dict[str, Tensor]
+    weight: int
+
+
+@final
+class ClientSums(Procedure):
+    """Each round: draw a cohort, clip each client's vector, and hand the noised sum over the expected cohort to the server.
+
+    Without privacy every client takes part and its vector is weighted by its number of records.
+    """
+
+    def __init__(
+        self, federation: Federation, noise: Aggregation | None, make: MakeOptimizer, work: Callable[[str], Vector]
+    ) -> None:
+        check_federation(federation)
+        self._federation, self._work = federation, work
+        self._names = list(federation.clients)
+        self._optimizer = server_optimizer(federation, make)
+        self.aggregation = noise or ServerNoise()
+        if isinstance(self.aggregation, SharedNoise) and not isinstance(federation.plan.sampler, FullBatch):
+            raise PlanError(
+                "Noise shared among a sampled cohort would reveal who was drawn; use ServerNoise, or let every client "
+                "take part in every round (batch_size equal to the number of clients)."
+            )
+        self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
+        self._draws = federation.plan.sampler.start(len(self._names), federation.source)
+        self._asked = 0
+
+    def contributions(self, step: int) -> dict[str, ClippedSum]:
+        cohort = [self._names[index] for index in self._draws.batch(step).tolist()]
+        self._asked = len(cohort)
+        return self._federation.engine.run(self._part, cohort, step)
+
+    def _part(self, name: str) -> ClippedSum:
+        bounded, finite = clip_vector(self._work(name).value, self._federation.plan.clip)
+        return ClippedSum(bounded, 0 if finite else 1)
+
+    def asked(self, step: int) -> int:
+        return self._asked
+
+    def probe(self) -> Bounded:
+        return self._part(self._names[0]).bounded
+
+    def apply(self, released: Mapping[str, Released], step: int) -> None:
+        if not released:  # noise of nobody: every client of the cohort adds its own, and there was none
+            return
+        total = functools.reduce(add_tensors, (release.value for release in released.values()))
+        self._update(total, self._federation.plan.expected_batch)
+
+    def plain(self, step: int) -> None:
+        answers = self._federation.engine.run(self._work, self._names, step)
+        weight = sum(answer.weight for answer in answers.values())
+        if weight:
+            weighted = (
+                {name: tensor * answer.weight for name, tensor in answer.value.items()} for answer in answers.values()
+            )
+            self._update(functools.reduce(add_tensors, weighted), weight)
+
+    def _update(self, total: Mapping[str, Tensor], divisor: float) -> None:
+        set_gradients(self._federation.model, total, divisor)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self._optimizer.state_dict(), "draws": self._draws.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._draws = self._federation.plan.sampler.start(len(self._names), self._federation.source, state["draws"])

@@ -1,0 +1,122 @@
+"""FedSGD: one gradient of each client a round (McMahan et al. 2017)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from sfumato.gradients.per_record import ClippedSum, clipped_gradient_sum
+from sfumato.gradients.support import trainable
+from sfumato.learning.aggregation import Aggregation, ServerNoise
+from sfumato.learning.client_sums import ClientSums, Vector
+from sfumato.learning.federated import (
+    Algorithm,
+    Federation,
+    MakeOptimizer,
+    check_federation,
+    server_optimizer,
+    start_draws,
+    who_is_protected,
+)
+from sfumato.learning.procedure import Procedure, add_tensors, batch_on, mean_loss, set_gradients
+from sfumato.privacy.bounded import Bounded, Released
+
+
+@final
+@dataclass(frozen=True)
+class FedSGD(Algorithm):
+    """One gradient of each client a round.
+
+    With unit "record" every client clips and sums the gradients of its own records; the sum over all clients is noised
+    once: the same model as pooled DP-SGD. With unit "client" each client's mean gradient is clipped.
+
+    Args:
+        optimizer: Makes the server's optimiser.
+    """
+
+    optimizer: MakeOptimizer
+
+    def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
+        """Return the procedure for the unit of the plan."""
+        if federation.plan.is_private and federation.protects_clients:
+            return ClientSums(federation, noise, self.optimizer, functools.partial(_mean_gradient, federation))
+        return _RecordSums(federation, noise, self.optimizer)
+
+
+def _mean_gradient(federation: Federation, name: str) -> Vector:
+    records = federation.clients[name]
+    loss = _loss_on(federation, name, torch.arange(len(records)))
+    parameters = trainable(federation.model)
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    values = {
+        key: torch.zeros_like(parameter) if gradient is None else gradient
+        for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+    return Vector(values, len(records))
+
+
+def _loss_on(federation: Federation, name: str, indices: Tensor) -> Tensor:
+    features, targets = batch_on(federation.model, federation.clients[name], indices)
+    return mean_loss(federation.loss(federation.model(features), targets))
+
+
+@final
+class _RecordSums(Procedure):
+    """One sum of clipped record gradients over all clients a round."""
+
+    def __init__(self, federation: Federation, noise: Aggregation | None, make: MakeOptimizer) -> None:
+        check_federation(federation)
+        self._federation = federation
+        self._names = list(federation.clients)
+        self._optimizer = server_optimizer(federation, make)
+        self._draws = start_draws(federation, {})
+        self.aggregation = noise or ServerNoise()
+        self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
+
+    def contributions(self, step: int) -> dict[str, ClippedSum]:
+        # Drawn here, in the clients' order, so that an engine that runs them in another order changes nothing.
+        batches = {name: self._draws[name].batch(step) for name in self._names}
+        return self._federation.engine.run(lambda name: self._part(name, batches[name]), self._names, step)
+
+    def _part(self, name: str, indices: Tensor) -> ClippedSum:
+        federation = self._federation
+        features, targets = batch_on(federation.model, federation.clients[name], indices)
+        return clipped_gradient_sum(
+            federation.model, federation.loss, features, targets, clip_norm=federation.plan.clip
+        )
+
+    def asked(self, step: int) -> int:
+        return len(self._names)
+
+    def probe(self) -> Bounded:
+        return self._part(self._names[0], torch.zeros(1, dtype=torch.int64)).bounded
+
+    def apply(self, released: Mapping[str, Released], step: int) -> None:
+        total = functools.reduce(add_tensors, (release.value for release in released.values()))
+        set_gradients(self._federation.model, total, self._federation.plan.expected_batch)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def plain(self, step: int) -> None:
+        batches = {name: self._draws[name].batch(step) for name in self._names}
+        answers = self._federation.engine.run(lambda name: len(batches[name]), self._names, step)
+        total = sum(answers.values())
+        self._optimizer.zero_grad()
+        for name, size in answers.items():
+            if size:
+                (_loss_on(self._federation, name, batches[name]) * (size / total)).backward()  # type: ignore[no-untyped-call]
+        if total:
+            self._optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        draws = {name: draw.state() for name, draw in self._draws.items()}
+        return {"optimizer": self._optimizer.state_dict(), "draws": draws}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._draws = start_draws(self._federation, state["draws"])
