@@ -1,0 +1,33 @@
+# Everything is set up in .venv from this file, pyproject.toml and constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SEEDS ?= 20
+OUT ?= runs/demo
+
+.PHONY: demo test check clean
+
+.venv/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "torch==2.13.0"
+	$(PIP) -e .
+	touch $@
+
+.venv/.dev: .venv/.run
+	$(PIP) -e ".[dev]"
+	touch $@
+
+demo: .venv/.run  ## the main job: four hospitals, one model, one budget
+	$(BIN)/sfumato demo --seeds $(SEEDS) --out $(OUT)
+
+test: .venv/.dev  ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/.dev  ## style, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,306 @@
+"""A training run as a TOML file: what may be written in it, and the records, plan and model that it stands for."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import nn
+from torch.optim import Optimizer
+
+from sfumato import _checks
+from sfumato.data.records import Records
+from sfumato.data.schema import Column, Label, Schema, validated
+from sfumato.data.sources import load
+from sfumato.data.tables import TableFormat
+from sfumato.errors import InputError
+from sfumato.learning import models
+from sfumato.learning.plan import Plan
+from sfumato.privacy.budget import Budget
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+Paths = str | list[str] | dict[str, str]
+Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Epsilon = Annotated[Number, BeforeValidator(lambda value: float("inf") if value == "inf" else value)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """`[data]`: a packaged data set, or CSV or Parquet files with declared columns."""
+
+    builtin: str | None = None
+    path: Paths | None = None
+    separator: str = ","
+    header: bool = True
+    column_names: tuple[str, ...] | None = None
+    skip_lines: Whole = 0
+    test_path: Paths | None = None
+    test_skip_lines: Whole | None = None
+    test_fraction: Number = 0.34
+    split_seed: Whole = 0
+    columns: dict[str, Column] = Field(default_factory=dict)
+    missing_values: tuple[Label, ...] = ("", "?")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.builtin is None) == (self.path is None):
+            raise ValueError("give either builtin or path, and only one of them.")
+        if self.builtin is not None and (self.columns or self.test_path is not None):
+            raise ValueError(
+                "a builtin data set has its own columns and test part; remove columns and test_path."
+            )
+        if self.path is not None and not self.columns:
+            raise ValueError("the columns of the files are not declared; add a [data.columns.NAME] for each.")
+        return self
+
+
+class PrivacySection(_Section):
+    """`[privacy]`: the promise and everything that it depends on."""
+
+    epsilon: Epsilon
+    delta: Number = 0.0
+    unit: str = "record"
+    relation: str = "add-or-remove-one"
+    population: Whole
+    populations: dict[str, Whole] | None = None
+    batch_size: Whole
+    steps: Whole | None = None
+    epochs: Number | None = None
+    clip: Number = 1.0
+    sampling: str = "poisson"
+
+
+class ModelSection(_Section):
+    """`[model]`: a built-in kind, or a function that makes one."""
+
+    kind: Literal["logistic", "mlp", "cnn"] | None = None
+    hidden: tuple[Whole, ...] | None = None
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.kind is None) == (self.factory is None):
+            raise ValueError("give either kind or factory, and only one of them.")
+        if self.factory is not None and self.hidden is not None:
+            raise ValueError("hidden goes with kind only; remove it.")
+        return self
+
+
+class TrainingSection(_Section):
+    """`[training]`: who trains, and how. `seed` sets the first weights only, never the noise."""
+
+    mode: Literal["central", "federated"]
+    algorithm: Literal["fedsgd", "fedavg"] | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Number
+    momentum: Number = 0.0
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    noise: Literal["server", "shared", "local"] | None = None
+    tolerate: Whole | None = None
+    local_steps: Whole | None = None
+    local_batch_size: Whole | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        _checks.positive("learning_rate", self.learning_rate)
+        _checks.fraction("momentum", self.momentum, allow_zero=True)
+        federated = {"algorithm": self.algorithm, "noise": self.noise}
+        averaged = {"local_steps": self.local_steps, "local_batch_size": self.local_batch_size}
+        if self.mode == "central":
+            _refuse(federated | averaged | {"tolerate": self.tolerate}, 'mode = "federated"')
+        elif self.algorithm is None:
+            raise ValueError('a federated training needs an algorithm; add algorithm = "fedsgd" or "fedavg".')
+        if self.algorithm == "fedsgd":
+            _refuse(averaged, 'algorithm = "fedavg"')
+        if self.noise != "shared":
+            _refuse({"tolerate": self.tolerate}, 'noise = "shared"')
+        if self.optimizer == "adam" and self.momentum:
+            raise ValueError('momentum goes with optimizer = "sgd" only; remove it.')
+        return self
+
+
+class LedgerSection(_Section):
+    """`[ledger]`: an existing ledger and the data set in it that pays."""
+
+    path: str
+    dataset: str
+
+
+class CheckpointSection(_Section):
+    """`[checkpoint]`: save every so many steps, so that a stopped run can go on."""
+
+    every: Annotated[Whole, Field(ge=1)] = 50
+
+
+class Config(_Section):
+    """A whole file."""
+
+    data: DataSection
+    privacy: PrivacySection
+    model: ModelSection
+    training: TrainingSection
+    ledger: LedgerSection | None = None
+    checkpoint: CheckpointSection | None = None
+
+
+class Experiment:
+    """A configuration and the place it was read from, ready to be turned into the parts of a run.
+
+    Args:
+        path: The TOML file; paths in it are relative to its folder.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or has a wrong, missing or unknown key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = validated(Config, _read(path), str(path))
+        self.name = path.stem
+
+    @property
+    def dataset(self) -> str:
+        """What the ledger calls the data set."""
+        ledger = self.config.ledger
+        return ledger.dataset if ledger else self.config.data.builtin or self.name
+
+    @property
+    def ledger_path(self) -> Path | None:
+        """The ledger that pays, or None if the run brings its own."""
+        return self._resolve(self.config.ledger.path) if self.config.ledger else None
+
+    def plan(self) -> Plan:
+        """Return the calibrated plan.
+
+        Raises:
+            InputError: a number is out of range, or no noise keeps the budget.
+        """
+        wanted = self.config.privacy
+        # The words are checked by Budget, whose message suggests the right one.
+        budget = Budget(wanted.epsilon, wanted.delta, wanted.unit, wanted.relation)  # type: ignore[arg-type]
+        return Plan.calibrate(
+            budget,
+            population=wanted.population,
+            batch_size=wanted.batch_size,
+            steps=wanted.steps,
+            epochs=wanted.epochs,
+            clip=wanted.clip,
+            sampling=wanted.sampling,
+        )
+
+    def records(self) -> tuple[Records, Records]:
+        """Return the training part and the test part.
+
+        Raises:
+            InputError: a file, row or value is not what is declared, or a variable in a path is not set.
+        """
+        data = self.config.data
+        if data.path is None:
+            whole = load(data.builtin or "")
+        else:
+            whole = self._table(data.path, data.skip_lines)
+            if data.test_path is not None:
+                lines = data.skip_lines if data.test_skip_lines is None else data.test_skip_lines
+                return whole, self._table(data.test_path, lines)
+        test, training = whole.split(data.test_fraction, seed=data.split_seed)
+        return training, test
+
+    def model(self, records: Records) -> nn.Module:
+        """Return the untrained model for `records`, whose first weights follow the declared seed alone.
+
+        Raises:
+            InputError: the model does not fit the records, or the factory cannot be used.
+        """
+        shape = tuple(records.features.shape[1:])
+        outputs = len(records.classes) if records.classes else 1
+        wanted = self.config.model
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.training.seed)
+            if wanted.kind is not None:
+                return models.build(wanted.kind, shape, outputs, wanted.hidden)
+            return self._from_factory(wanted.factory or "", shape, outputs)
+
+    def optimizer(self) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+        """Return what makes the optimiser for given parameters."""
+        wanted = self.config.training
+        if wanted.optimizer == "adam":
+            return functools.partial(torch.optim.Adam, lr=wanted.learning_rate)
+        return functools.partial(torch.optim.SGD, lr=wanted.learning_rate, momentum=wanted.momentum)
+
+    def _table(self, paths: Paths, skip_lines: int) -> Records:
+        data = self.config.data
+        raw = {"columns": data.columns, "missing_values": data.missing_values}
+        schema = validated(Schema, raw, f"{self.path}: [data]")
+        found: Path | list[Path] | dict[str, Path]
+        match paths:
+            case str():
+                found = self._resolve(paths)
+            case list():
+                found = [self._resolve(path) for path in paths]
+            case dict():
+                found = {owner: self._resolve(path) for owner, path in paths.items()}
+        listed = [found] if isinstance(found, Path) else found.values() if isinstance(found, dict) else found
+        if listed and all(path.suffix == ".parquet" for path in listed):
+            return Records.from_parquet(found, schema, name=self.dataset)
+        layout = TableFormat(data.separator, data.header, data.column_names, skip_lines)
+        return Records.from_csv(found, schema, format=layout, name=self.dataset)
+
+    def _resolve(self, text: str) -> Path:
+        def value(match: re.Match[str]) -> str:
+            if not os.environ.get(match[1]):
+                raise InputError(
+                    f'{self.path}: the path "{text}" uses ${{{match[1]}}}, which is not set; '
+                    f"set {match[1]} in the environment to the folder that holds the data."
+                )
+            return os.environ[match[1]]
+
+        return self.path.parent / _VARIABLE.sub(value, text)
+
+    def _from_factory(self, spec: str, shape: tuple[int, ...], outputs: int) -> nn.Module:
+        module, function = spec.split(":")
+        where = f'{self.path}: the model factory "{spec}"'
+        folder = str(self.path.parent.resolve())
+        # The factory usually stands beside the configuration.
+        sys.path.insert(0, folder)
+        try:
+            model = getattr(importlib.import_module(module), function)(shape, outputs)
+        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{where} failed ({error}); give module:function, a function that takes (input_shape, outputs)."
+            ) from error
+        finally:
+            sys.path.remove(folder)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{where} returned {type(model).__name__}; return a torch.nn.Module.")
+        return model
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the path of a configuration in TOML.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path and rights.") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid TOML ({error}); correct that line.") from None
+
+
+def _refuse(given: Mapping[str, object], needed: str) -> None:
+    for key, value in given.items():
+        if value is not None:
+            raise ValueError(f"{key} goes with {needed} only; remove it.")
