@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     import sfumato as sf
     from sfumato.config import Experiment
     from sfumato.report import Result, Score
+    from sfumato.report.result import Mode
 
 _FAILED, _INTERRUPTED = 2, 130
 _WIDE = 160  # columns of a table that is not read on a terminal
-_UNCOVERED_ACCURACY = "The accuracy in this report: it was measured on the test records without noise and is not covered by the budget."
+_UNCOVERED_ACCURACY = (
+    "The accuracy in this report: it was measured on the test records without noise and is not covered by the budget."
+)
 
 
 class _Commands(TyperGroup):
@@ -91,9 +94,7 @@ def plan(
     population: Annotated[int, typer.Option(help="The public number of units.")],
     batch_size: Annotated[int, typer.Option(help="The expected number of units in a step.")],
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Passes over the population, in place of steps.")
-    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the population, in place of steps.")] = None,
     sampling: Annotated[str, typer.Option(help="poisson, shuffled or full-batch.")] = "poisson",
     unit: Protects = Unit.RECORD.value,
     relation: Neighbours = Relation.ADD_OR_REMOVE_ONE.value,
@@ -102,9 +103,7 @@ def plan(
     """Find the least noise that keeps a budget."""
     budget = _budget(epsilon, delta, unit, relation)
     if not budget.is_private:
-        raise InputError(
-            "An infinite epsilon needs no noise, so there is nothing to plan; choose a finite one."
-        )
+        raise InputError("An infinite epsilon needs no noise, so there is nothing to plan; choose a finite one.")
     from sfumato.learning.plan import Plan  # noqa: PLC0415
 
     start = time.perf_counter()
@@ -121,9 +120,7 @@ def plan(
         }
         typer.echo(json.dumps(answer))
         return
-    typer.echo(
-        f"Budget: {budget}; {found.steps} steps, {found.sampler.kind}, sampling rate {found.sampler.rate:.4g}."
-    )
+    typer.echo(f"Budget: {budget}; {found.steps} steps, {found.sampler.kind}, sampling rate {found.sampler.rate:.4g}.")
     typer.echo(f"Noise multiplier: {found.noise_multiplier:.6g} (noise std over clip norm).")
     typer.echo(f"Epsilon: {spent.pld:.4g} by PLD (the claim), {spent.rdp:.4g} by RDP (second opinion).")
     table = Table("steps", "epsilon spent at most")
@@ -155,9 +152,7 @@ def grant(
 @ledger_app.command()
 def show(path: LedgerPath, dataset: OneDataset = None) -> None:
     """Show what is spent and left of each cap."""
-    table = Table(
-        "data set", "spent", "epsilon spent", "epsilon left", "delta spent", "delta left", "promise"
-    )
+    table = Table("data set", "spent", "epsilon spent", "epsilon left", "delta spent", "delta left", "promise")
     with Ledger.existing(path) as ledger:
         for name in [dataset] if dataset is not None else ledger.datasets():
             have = ledger.balance(name)
@@ -175,11 +170,7 @@ def history(path: LedgerPath, dataset: OneDataset = None) -> None:
     table = Table("no.", "time (UTC)", "what", "data set", "epsilon", "delta", "by", "purpose or note")
     with Ledger.existing(path) as ledger:
         for entry in ledger.history(dataset):
-            costs = (
-                (f"{entry.epsilon:.6g}", f"{entry.delta:.3g}")
-                if entry.kind in ("grant", "charge")
-                else ("", "")
-            )
+            costs = (f"{entry.epsilon:.6g}", f"{entry.delta:.3g}") if entry.kind in ("grant", "charge") else ("", "")
             table.add_row(
                 str(entry.seq),
                 entry.at,
@@ -214,9 +205,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a result.j
 def train(
     config: Annotated[Path, typer.Argument(help="A configuration in TOML.")],
     out: Annotated[Path | None, typer.Option(help="The output folder; runs/NAME unless given.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a stopped run in that folder.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in that folder.")] = False,
 ) -> None:
     """Train as a configuration says; write model.pt, report.html and, last of all, result.json."""
     from sfumato.config import Experiment  # noqa: PLC0415
@@ -239,14 +228,12 @@ def train(
                 ledger.grant(experiment.dataset, chosen.budget, note="exactly the budget of this run")
         start = time.perf_counter()
         result = run(ledger, _checkpoint(experiment, folder, resume))
-        told = _result(experiment, chosen, result, ledger, _score(model, test), time.perf_counter() - start)
+        seconds, score = time.perf_counter() - start, _score(model, test)
+        told = _result(experiment, chosen, result, ledger, score, seconds)
         _publish(folder, model, told)
     typer.echo(str(result.privacy))
-    for done in told.runs:
-        if done.metrics.accuracy is not None:
-            typer.echo(
-                f"Accuracy on the test part: {done.metrics.accuracy.mean:.1%} (not covered by the budget)."
-            )
+    if score is not None:
+        typer.echo(f"Accuracy on the test part: {score.mean:.1%} (not covered by the budget).")
     typer.echo(f"Wrote {folder / 'report.html'}")
 
 
@@ -257,9 +244,7 @@ def _budget(epsilon: float, delta: float, unit: str, relation: str) -> Budget:
 
 def _console() -> Console:
     console = Console(markup=False, highlight=False, emoji=False)
-    return (
-        console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=_WIDE)
-    )
+    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=_WIDE)
 
 
 def _last_line(message: str) -> None:
@@ -268,9 +253,7 @@ def _last_line(message: str) -> None:
 
 def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
     if resume and experiment.config.checkpoint is None:
-        raise InputError(
-            f"{experiment.path} has no [checkpoint], so there is nothing to go on with; add one."
-        )
+        raise InputError(f"{experiment.path} has no [checkpoint], so there is nothing to go on with; add one.")
     if (folder / "result.json").exists():
         raise InputError(f"{folder} already holds a finished run; choose another folder with --out.")
     if folder.exists() and not folder.is_dir():
@@ -306,9 +289,7 @@ def _tidy(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be made ({error.strerror}); choose another folder with --out."
-        ) from None
+        raise InputError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out.") from None
     try:
         yield
     except BaseException:
@@ -372,9 +353,7 @@ def _runner(
     noise = noises[wanted.noise] if wanted.noise else None
     algorithm: sf.FedAvg | sf.FedSGD = sf.FedSGD(optimizer=make)
     if wanted.algorithm == "fedavg":
-        algorithm = sf.FedAvg(
-            local=make, local_steps=wanted.local_steps or 1, batch_size=wanted.local_batch_size
-        )
+        algorithm = sf.FedAvg(local=make, local_steps=wanted.local_steps or 1, batch_size=wanted.local_batch_size)
 
     def federated(ledger: Ledger | None, checkpoint: sf.Checkpoint | None) -> sf.TrainingResult:
         with _progress(chosen) as on_step:
@@ -459,14 +438,16 @@ def _result(
         )
     owners: dict[str, int | None] = dict(wanted.privacy.populations or {})
     owners |= {name: None for name in (score.per_owner if score else ()) if name not in owners}
-    mode = wanted.training.mode + ("-private" if chosen.is_private else "")
+    modes: dict[str, Mode] = {"central": "central", "federated": "federated"}
+    if privacy is not None:
+        modes = {"central": "central-private", "federated": "federated-private"}
     run = reports.Run(
         name=experiment.name,
-        mode=mode,
+        mode=modes[wanted.training.mode],
         seconds=seconds,
         metrics=reports.Metrics(accuracy=score),
         privacy=privacy,
-    )  # type: ignore[arg-type]  # the two modes are in the list of modes, with and without "-private"
+    )
     return reports.Result(
         runs=(run,), title=f"Training {experiment.name}", created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=sf.__version__, dataset=reports.DatasetInfo(name=experiment.dataset, owners=owners),

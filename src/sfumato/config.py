@@ -60,9 +60,7 @@ class DataSection(_Section):
         if (self.builtin is None) == (self.path is None):
             raise ValueError("give either builtin or path, and only one of them.")
         if self.builtin is not None and (self.columns or self.test_path is not None):
-            raise ValueError(
-                "a builtin data set has its own columns and test part; remove columns and test_path."
-            )
+            raise ValueError("a builtin data set has its own columns and test part; remove columns and test_path.")
         if self.path is not None and not self.columns:
             raise ValueError("the columns of the files are not declared; add a [data.columns.NAME] for each.")
         return self

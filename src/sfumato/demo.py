@@ -77,9 +77,13 @@ def run_demo(out: Path, seeds: int, console: Console) -> Path:
     write_result(result, out / "result.json")
     report = write_report(read_result(out / "result.json"), out)
     _print_table(result, console)
-    console.print(f"\n{time.perf_counter() - started:.0f} s. Report: {report}\nNumbers: {out / 'result.json'}", soft_wrap=True)
     console.print(
-        f"Ledger: {out / 'ledger.sqlite'} (check it with: sfumato ledger verify {out / 'ledger.sqlite'})", soft_wrap=True
+        f"\n{time.perf_counter() - started:.0f} s. Report: {report}\nNumbers: {out / 'result.json'}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Ledger: {out / 'ledger.sqlite'} (check it with: sfumato ledger verify {out / 'ledger.sqlite'})",
+        soft_wrap=True,
     )
     return report
 
@@ -164,7 +168,13 @@ def _train_pooled(
     model = _model(learning)
     optimizer = (PRIVATE if plan.is_private else PLAIN)(model.parameters())
     result = train(
-        model, learning, plan, loss=nn.functional.cross_entropy, optimizer=optimizer, ledger=ledger, dataset=world
+        model,
+        learning,
+        plan,
+        loss=nn.functional.cross_entropy,
+        optimizer=optimizer,
+        ledger=ledger,
+        dataset=world,
     )
     return dict.fromkeys(learning.owner_names, model), result.privacy if plan.is_private else None
 
@@ -198,7 +208,9 @@ def _test(models: Mapping[str, nn.Module], held_out: Records) -> tuple[dict[str,
 def _run(arm: _Arm, outcomes: list[Outcome], seconds: float) -> dict[str, object]:
     overall = [sum(correct.values()) / sum(total.values()) for correct, total, _ in outcomes]
     owners = outcomes[0][0]
-    per_owner = {name: statistics.fmean(correct[name] / total[name] for correct, total, _ in outcomes) for name in owners}
+    per_owner = {
+        name: statistics.fmean(correct[name] / total[name] for correct, total, _ in outcomes) for name in owners
+    }
     statement = outcomes[0][2]
     extra = (
         "Accuracy on the held-out patients: it is measured without noise.",
@@ -223,7 +235,9 @@ def _prepare(out: Path) -> None:
         for name in ("report.html", "result.json", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"):
             (out / name).unlink(missing_ok=True)
     except OSError as error:
-        raise SfumatoError(f"The folder {out} cannot be used for the demo ({error.strerror}); choose another with --out.") from error
+        raise SfumatoError(
+            f"The folder {out} cannot be used for the demo ({error.strerror}); choose another with --out."
+        ) from error
 
 
 def _print_table(result: Result, console: Console) -> None:

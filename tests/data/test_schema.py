@@ -103,9 +103,7 @@ def test_declared_takes_a_schema_or_a_mapping():
 def test_the_widest_and_the_narrowest_bounds():
     assert Numeric(low=-1.7e308, high=1.7e308)
     for low, high in ((1, 1), (2, 1), (0.0, 5e-324)):
-        refused_columns(
-            {"a": {**AGE, "low": low, "high": high}, "y": ILL}, "columns.a", "low must be below high"
-        )
+        refused_columns({"a": {**AGE, "low": low, "high": high}, "y": ILL}, "columns.a", "low must be below high")
 
 
 @pytest.mark.parametrize("bound", [math.nan, math.inf, "3", True, None])

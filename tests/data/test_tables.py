@@ -323,9 +323,7 @@ def test_refused_parquet(tmp_path, columns, parts):
     refused(lambda: read_parquet(path, simple(Target(low=0, high=1))), str(path), "Fix:", *parts)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"x,y\n1,2\n", b"PAR1" + b"\0" * 40 + struct.pack("<I", 9) + b"PAR1"]
-)
+@pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"PAR1" + b"\0" * 40 + struct.pack("<I", 9) + b"PAR1"])
 def test_a_file_that_is_not_parquet(tmp_path, content):
     path = tmp_path / "odd.parquet"
     path.write_bytes(content)

@@ -16,7 +16,8 @@ from sfumato.privacy import accounting, events
 from sfumato.privacy.accounting import epsilon_curve, spending
 from sfumato.privacy.budget import Relation
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=8, deadline=None)
+fewer = settings(max_examples=4, deadline=None)
 
 
 def training(rate: float, noise_multiplier: float, steps: int) -> events.Event:
@@ -26,16 +27,14 @@ def training(rate: float, noise_multiplier: float, steps: int) -> events.Event:
 PLANS = st.builds(
     training,
     st.floats(min_value=1e-3, max_value=1.0),
-    st.floats(min_value=0.6, max_value=8.0),
+    st.floats(min_value=0.8, max_value=8.0),
     st.integers(min_value=1, max_value=300),
 )
 
 
 @few
 @given(event=PLANS, delta=st.sampled_from([1e-4, 1e-5, 1e-8]))
-def test_the_claim_is_the_tight_figure_and_never_above_the_renyi_bound(
-    event: events.Event, delta: float
-) -> None:
+def test_the_claim_is_the_tight_figure_and_never_above_the_renyi_bound(event: events.Event, delta: float) -> None:
     spent = spending(event, delta)
     assert 0 <= spent.pld <= spent.rdp
     assert spent.epsilon == spent.pld
@@ -55,13 +54,11 @@ def test_one_gaussian_agrees_with_its_closed_form() -> None:
 
     sigma = 3.0
     epsilon = spending(events.gaussian(sigma), 1e-5).epsilon
-    delta = normal_cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * normal_cdf(
-        -0.5 / sigma - epsilon * sigma
-    )
+    delta = normal_cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * normal_cdf(-0.5 / sigma - epsilon * sigma)
     assert 0.99e-5 < delta <= 1e-5
 
 
-@few
+@fewer
 @given(event=PLANS)
 def test_epsilon_recomputed_by_dp_accounting_alone_from_json_is_equal(event: events.Event) -> None:
     def rebuilt(node: dict[str, object]) -> dp_accounting.DpEvent:
@@ -71,14 +68,14 @@ def test_epsilon_recomputed_by_dp_accounting_alone_from_json_is_equal(event: eve
     alone = rebuilt(json.loads(events.to_json(event)))
     spent = spending(event, 1e-5)
     assert spent.rdp == rdp.RdpAccountant().compose(alone).get_epsilon(1e-5)
-    figures = [
-        pld.PLDAccountant(value_discretization_interval=interval).compose(alone).get_epsilon(1e-5)
-        for interval in (1e-4, 1e-5)
-    ]
-    assert spent.pld in figures
+    coarse, fine = (pld.PLDAccountant(value_discretization_interval=width) for width in (1e-4, 1e-5))
+    # The finer grid is slow, and only counts where the coarse one was refused.
+    assert spent.pld == coarse.compose(alone).get_epsilon(1e-5) or spent.pld == fine.compose(
+        alone
+    ).get_epsilon(1e-5)
 
 
-@few
+@fewer
 @given(
     noise=st.floats(min_value=0.8, max_value=4.0),
     rate=st.floats(min_value=0.01, max_value=0.5),
@@ -158,9 +155,7 @@ def test_renyi_below_pld_on_the_coarse_grid_is_tried_on_the_finer_one(
 
 
 @pytest.mark.parametrize("answer", [math.nan, -1.0])
-def test_an_accountant_that_returns_nonsense_is_not_believed(
-    monkeypatch: pytest.MonkeyPatch, answer: float
-) -> None:
+def test_an_accountant_that_returns_nonsense_is_not_believed(monkeypatch: pytest.MonkeyPatch, answer: float) -> None:
     monkeypatch.setattr(_Fake, "answers", (answer, answer))
     monkeypatch.setattr(accounting.pld, "PLDAccountant", _Fake)
     with pytest.raises(AccountingError, match="nothing is claimed"):

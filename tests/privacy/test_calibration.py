@@ -15,16 +15,14 @@ from sfumato.privacy.budget import Budget, Relation
 from sfumato.privacy.calibration import calibrate
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     epsilon=st.floats(min_value=0.3, max_value=8.0),
     delta=st.sampled_from([1e-4, 1e-6]),
     rate=st.floats(min_value=0.01, max_value=1.0),
     steps=st.integers(min_value=1, max_value=60),
 )
-def test_the_noise_found_keeps_the_budget_and_uses_it(
-    epsilon: float, delta: float, rate: float, steps: int
-) -> None:
+def test_the_noise_found_keeps_the_budget_and_uses_it(epsilon: float, delta: float, rate: float, steps: int) -> None:
     def event_of(noise: float) -> events.Event:
         return events.repeated(events.poisson_sampled(rate, events.gaussian(noise)), steps)
 

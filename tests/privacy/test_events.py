@@ -132,3 +132,7 @@ def test_missing_or_extra_fields_are_not_read(tree: dict[str, object]) -> None:
 def test_a_nan_is_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
         events.to_json(dp_accounting.GaussianDpEvent(math.nan))
+
+
+def test_zero_times_is_nothing_done() -> None:
+    assert events.repeated(events.gaussian(1.0), 0) == dp_accounting.NoOpDpEvent()

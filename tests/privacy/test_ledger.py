@@ -35,9 +35,7 @@ def cost(epsilon: float, delta: float = 0.0) -> Cost:
     return Cost(epsilon, delta, Unit.RECORD, Relation.ADD_OR_REMOVE_ONE)
 
 
-def charge(
-    ledger: Ledger, epsilon: float = 0.1, delta: float = 0.0, draws: int = 1, **more: object
-) -> Charge:
+def charge(ledger: Ledger, epsilon: float = 0.1, delta: float = 0.0, draws: int = 1, **more: object) -> Charge:
     return ledger.charge(
         "a", purpose="test", event='{"name": "gaussian"}', cost=cost(epsilon, delta), draws=draws, **more
     )
@@ -45,9 +43,7 @@ def charge(
 
 def worker(command: str, path: Path, *more: object) -> subprocess.Popen[str]:
     line = [sys.executable, str(WORKER), str(SOURCE), command, str(path), *map(str, more)]
-    return subprocess.Popen(
-        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -99,9 +95,7 @@ def test_three_tenths_fit_a_cap_of_three_tenths() -> None:
 @pytest.mark.parametrize(("epsilon", "delta"), [(1.0000001, 0.0), (0.1, 1.0001e-4)])
 def test_epsilon_and_delta_are_capped_each(ledger: Ledger, epsilon: float, delta: float) -> None:
     before = ledger.history()
-    with pytest.raises(
-        BudgetExhaustedError, match=r'Data set "a".*only epsilon 1\.0 and delta 0\.0001 are left'
-    ):
+    with pytest.raises(BudgetExhaustedError, match=r'Data set "a".*only epsilon 1\.0 and delta 0\.0001 are left'):
         charge(ledger, epsilon, delta)
     assert ledger.history() == before
 
@@ -332,13 +326,9 @@ def test_two_resumes_get_disjoint_draws(ledger: Ledger, path: Path) -> None:
 @given(
     st.integers(1, 12),
     st.integers(1, 5) | st.none(),
-    st.lists(
-        st.tuples(st.sampled_from("ttttpr"), st.integers(0, 5), st.integers(1, 4) | st.none()), max_size=40
-    ),
+    st.lists(st.tuples(st.sampled_from("ttttpr"), st.integers(0, 5), st.integers(1, 4) | st.none()), max_size=40),
 )
-def test_no_draw_is_ever_allowed_twice(
-    draws: int, lease: int | None, steps: list[tuple[str, int, int | None]]
-) -> None:
+def test_no_draw_is_ever_allowed_twice(draws: int, lease: int | None, steps: list[tuple[str, int, int | None]]) -> None:
     with Ledger.in_memory() as ledger:
         ledger.grant("a", Budget(1.0, 1e-4))
         owners = [charge(ledger, draws=draws, lease=lease)]
@@ -390,9 +380,7 @@ def test_a_charge_cannot_be_made_or_copied_by_anybody(ledger: Ledger) -> None:
         Charge(object(), ledger, made.run, None, position=0, limit=1, lease=1)
 
 
-def test_a_lease_that_cannot_be_written_allows_nothing(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lease_that_cannot_be_written_allows_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     made = charge(ledger, draws=4, lease=1)
     made.take()
     before = ledger.history()
@@ -740,9 +728,7 @@ def test_a_locked_ledger_gives_up_with_a_sentence(ledger: Ledger, path: Path) ->
     patient = Ledger(path, timeout=0.05)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(
-            LedgerError, match=r"locked by another process for longer than 0\.05 s. Fix: wait"
-        ):
+        with pytest.raises(LedgerError, match=r"locked by another process for longer than 0\.05 s. Fix: wait"):
             charge(patient)
         assert patient.balance("a").spent_epsilon == 0.0
         connection.execute("ROLLBACK")

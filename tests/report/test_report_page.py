@@ -281,15 +281,11 @@ def test_the_bound_on_a_guess_is_never_too_small(epsilon: float, delta: float) -
 
 def test_the_check_on_the_page_recomputes_epsilon(single: dict[str, Any], tmp_path: Path) -> None:
     text = render(Result.model_validate(single))
-    event, check = (
-        html.unescape(re.sub(r"<[^>]+>", "", block)) for block in re.findall(r"<pre>.*?</pre>", text, re.S)
-    )
+    event, check = (html.unescape(re.sub(r"<[^>]+>", "", block)) for block in re.findall(r"<pre>.*?</pre>", text, re.S))
     assert json.loads(event) == EVENT
     assert len(check.splitlines()) == 6
     (tmp_path / "event.json").write_text(event, encoding="utf-8")
-    answer = subprocess.run(
-        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert float(answer.stdout) == pytest.approx(PLD, rel=1e-3)
 
 

@@ -69,9 +69,7 @@ def test_every_run_is_shown_with_its_mean(result: Result) -> None:
 
 def test_accuracy_over_epsilon_shows_the_reference_without_privacy(result: Result) -> None:
     shown = texts(plots.accuracy_over_epsilon(result))
-    assert {"pooled-private", "federated-private", "pooled (no privacy)", "federated (no privacy)"} <= set(
-        shown
-    )
+    assert {"pooled-private", "federated-private", "pooled (no privacy)", "federated (no privacy)"} <= set(shown)
     assert {"0.5", "1", "3"} <= set(shown)
 
 

@@ -29,15 +29,11 @@ def test_absent_keys_stay_absent_but_null_privacy_is_said(single: dict[str, Any]
     single["runs"][0] |= {"mode": "central", "privacy": None}
     path = write_result(Result.model_validate(single), tmp_path / "r.json")
     written = json.loads(path.read_text("utf-8"))
-    assert written == {
-        "runs": [{"name": "only", "mode": "central", "seconds": 3.25, "metrics": {}, "privacy": None}]
-    }
+    assert written == {"runs": [{"name": "only", "mode": "central", "seconds": 3.25, "metrics": {}, "privacy": None}]}
 
 
 @given(st.floats(min_value=0, max_value=1e6), st.floats(min_value=0, max_value=1))
-def test_numbers_survive_to_the_last_bit(
-    tmp_path_factory: pytest.TempPathFactory, a: float, b: float
-) -> None:
+def test_numbers_survive_to_the_last_bit(tmp_path_factory: pytest.TempPathFactory, a: float, b: float) -> None:
     metrics = {"accuracy": {"mean": b, "sd": a, "seeds": 1}}
     plain = {"name": "x", "mode": "alone", "seconds": a, "metrics": metrics, "privacy": None}
     before = Result.model_validate({"runs": [plain]})
@@ -113,9 +109,7 @@ def test_an_unknown_key_is_named(mapping: dict[str, Any], tmp_path: Path, path: 
         ("created", "yesterday", "created"),
     ],
 )
-def test_a_wrong_value_is_named(
-    mapping: dict[str, Any], tmp_path: Path, path: str, value: Any, word: str
-) -> None:
+def test_a_wrong_value_is_named(mapping: dict[str, Any], tmp_path: Path, path: str, value: Any, word: str) -> None:
     inside, key = _at(mapping, path)
     inside[key] = value
     _refused(mapping, tmp_path, word)
@@ -134,9 +128,7 @@ def _refused(mapping: dict[str, Any], folder: Path, word: str) -> None:
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 @pytest.mark.parametrize("path", ["runs/0/seconds", f"{PRIVACY}/epsilon", f"{PRIVACY}/event/count"])
-def test_no_nan_or_infinity_is_read(
-    mapping: dict[str, Any], tmp_path: Path, constant: str, path: str
-) -> None:
+def test_no_nan_or_infinity_is_read(mapping: dict[str, Any], tmp_path: Path, constant: str, path: str) -> None:
     inside, key = _at(mapping, path)
     inside[key] = float(constant.replace("Infinity", "inf"))
     _refused(mapping, tmp_path, constant)

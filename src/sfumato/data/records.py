@@ -83,8 +83,7 @@ class Records:
             raise InputError(f"{name}: features hold no record. Fix: pass at least one row.")
         if len(x) != len(y):
             raise InputError(
-                f"{name}: features hold {len(x)} records but targets hold {len(y)}. "
-                "Fix: give each record one target."
+                f"{name}: features hold {len(x)} records but targets hold {len(y)}. Fix: give each record one target."
             )
         columns = tuple(feature_names or ())
         if columns and (x.ndim != 2 or x.shape[1] != len(columns)):
@@ -101,9 +100,7 @@ class Records:
         return cls(x, y, name, columns, declared, owner_names, owner_codes)
 
     @classmethod
-    def from_dataset(
-        cls, dataset: Dataset[Any], *, owners: Owners | None = None, name: str = "records"
-    ) -> Records:
+    def from_dataset(cls, dataset: Dataset[Any], *, owners: Owners | None = None, name: str = "records") -> Records:
         """Stack the (x, y) pairs of a torch Dataset that has a length.
 
         Raises:
@@ -154,9 +151,7 @@ class Records:
         return cls._from_table(tables.read_csv(path, declared, format), declared, name)
 
     @classmethod
-    def from_parquet(
-        cls, path: TablePaths, schema: Schema | Mapping[str, object], *, name: str = "records"
-    ) -> Records:
+    def from_parquet(cls, path: TablePaths, schema: Schema | Mapping[str, object], *, name: str = "records") -> Records:
         """Read Parquet files through a declared schema (see `sfumato.data.tables.read_parquet`).
 
         Raises:
@@ -214,9 +209,7 @@ class Records:
             InputError: The records have no owners, or a declared owner has no record.
         """
         if self.owner_codes is None:
-            raise InputError(
-                f"{self.name}: the records have no owners. Fix: pass owners=, or declare an owner column."
-            )
+            raise InputError(f"{self.name}: the records have no owners. Fix: pass owners=, or declare an owner column.")
         found: dict[str, Records] = {}
         for code, owner in enumerate(self.owner_names):
             held = (self.owner_codes == code).nonzero().flatten()
@@ -263,9 +256,7 @@ class Records:
         if not whole or indices.ndim != 1:
             raise InputError(f"{self.name}: indices must be a (k,) tensor of whole numbers.")
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise InputError(
-                f"{self.name}: indices must lie within the records; negative ones do not count back."
-            )
+            raise InputError(f"{self.name}: indices must lie within the records; negative ones do not count back.")
         return indices.to(self.features.device)
 
     def _part(self, indices: Tensor, name: str, owner_names: tuple[str, ...]) -> Records:
@@ -350,15 +341,9 @@ def _owner_codes(name: str, owners: Owners, length: int) -> tuple[tuple[str, ...
         order = {str(label): code for code, label in enumerate(dict.fromkeys(map(str, labels)))}
         names, codes = tuple(order), torch.tensor([order[str(label)] for label in labels], dtype=torch.int64)
     if len(codes) != length:
-        raise InputError(
-            f"{name}: {len(codes)} owners are given for {length} records. Fix: give one per record."
-        )
+        raise InputError(f"{name}: {len(codes)} owners are given for {length} records. Fix: give one per record.")
     if len(set(names)) < len(names) or not all(isinstance(owner, str) and owner for owner in names):
         raise InputError(f"{name}: owner names must be texts, each declared once. Fix: rename the owners.")
-    if (
-        codes.dtype != torch.int64
-        or codes.ndim != 1
-        or not 0 <= int(codes.min()) <= int(codes.max()) < len(names)
-    ):
+    if codes.dtype != torch.int64 or codes.ndim != 1 or not 0 <= int(codes.min()) <= int(codes.max()) < len(names):
         raise InputError(f"{name}: owner codes must be a (n,) list of indices into the declared owners.")
     return names, codes

@@ -71,9 +71,7 @@ def _load_heart() -> Records:
         for owner, (file, digest) in _HEART_FILES.items():
             paths[owner] = files.enter_context(resources.as_file(folder / file))
             if not paths[owner].is_file() or _md5(paths[owner].read_bytes()) != digest:
-                raise InputError(
-                    f"The packaged file {file} is missing or was changed. Fix: reinstall sfumato."
-                )
+                raise InputError(f"The packaged file {file} is missing or was changed. Fix: reinstall sfumato.")
         return Records.from_csv(paths, HEART_SCHEMA, format=layout, name="heart")
 
 
@@ -85,9 +83,7 @@ def _load_digits() -> Records:
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415 (an optional extra)
     except ImportError:
-        raise InputError(
-            'The data set "digits" comes with scikit-learn. Fix: pip install "sfumato[digits]".'
-        ) from None
+        raise InputError('The data set "digits" comes with scikit-learn. Fix: pip install "sfumato[digits]".') from None
     digits = load_digits()
     # Pixels are declared to lie in 0..16.
     return Records.from_arrays(

@@ -142,9 +142,7 @@ def _read(paths: TablePaths, schema: Schema, parse: Callable[[str], _Text]) -> E
         )
     twice = {str(path) for path in listed if listed.count(path) > 1}
     if twice:
-        raise InputError(
-            f"{min(twice)} is listed twice, so each record would count twice. Fix: list it once."
-        )
+        raise InputError(f"{min(twice)} is listed twice, so each record would count twice. Fix: list it once.")
     parts = [_encode(parse(str(path)), schema) for path in listed]
     owners: tuple[tuple[str, ...], _Ints] | None = None
     if by_owner is not None:
@@ -199,17 +197,13 @@ def _rows_to_text(file: str, stream: Iterator[str], layout: TableFormat) -> _Tex
                     "Fix: complete the row, quote fields that hold the separator, or set the separator."
                 )
             lines.append(line)
-        frames.append(
-            pl.DataFrame([row for _, row in chunk], schema=dict.fromkeys(names, pl.String), orient="row")
-        )
+        frames.append(pl.DataFrame([row for _, row in chunk], schema=dict.fromkeys(names, pl.String), orient="row"))
     if not frames:
         raise InputError(f"{file} has no rows. Fix: give a file with at least one row of values.")
     return _Text(file, pl.concat(frames), np.array(lines, dtype=np.int64))
 
 
-def _numbered_rows(
-    file: str, stream: Iterator[str], separator: str, skipped: int
-) -> Iterator[tuple[int, list[str]]]:
+def _numbered_rows(file: str, stream: Iterator[str], separator: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
     """Yield the non-blank rows, each with the line of the file on which it starts."""
     reader = csv.reader(stream, delimiter=separator, skipinitialspace=separator != " ", strict=True)
     while True:
@@ -233,9 +227,7 @@ def _parse_parquet(file: str) -> _Text:
     except OSError as error:
         raise _unreadable(file, error) from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # it panics on some damaged files
-        raise InputError(
-            f"{file} is not a readable Parquet file. Fix: write it again, or use from_csv."
-        ) from None
+        raise InputError(f"{file} is not a readable Parquet file. Fix: write it again, or use from_csv.") from None
     if frame.height == 0:
         raise InputError(f"{file} has no rows. Fix: give a file with at least one row of values.")
     return _Text(file, frame, np.arange(1, frame.height + 1))
@@ -344,9 +336,7 @@ def _numbers(table: _Text, name: str, absent: Sequence[str]) -> tuple[_Floats, _
     spelt = [float(number) for number in map(canonical, absent) if not isinstance(number, str)]
     missing = (text.is_in([*absent]) | parsed.is_in(spelt).fill_null(False)).to_numpy()
     unreadable = parsed.is_null().to_numpy()
-    table.refuse(
-        ~missing & unreadable, name, "is not a number. Fix: correct it, or list it in missing_values."
-    )
+    table.refuse(~missing & unreadable, name, "is not a number. Fix: correct it, or list it in missing_values.")
     values = parsed.fill_null(0.0).to_numpy()
     table.refuse(
         ~missing & ~np.isfinite(values),

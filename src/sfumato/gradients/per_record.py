@@ -38,7 +38,13 @@ class ClippedSum:
 
 
 def clipped_gradient_sum(
-    model: nn.Module, loss: Loss, features: Tensor, targets: Tensor, *, clip_norm: float, microbatch: int = 256
+    model: nn.Module,
+    loss: Loss,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    clip_norm: float,
+    microbatch: int = 256,
 ) -> ClippedSum:
     """Return the sum over records of min(1, clip_norm / norm) * gradient.
 
@@ -69,8 +75,8 @@ def clipped_gradient_sum(
     parameters = trainable(model)
     if len(features) > MAX_UNITS:
         raise UnsupportedModelError(f"A batch may hold at most {MAX_UNITS} records; lower the batch size.")
-    frozen = {name: tensor for name, tensor in model.named_parameters() if name not in parameters}
-    frozen |= dict(model.named_buffers())
+    frozen: dict[str, Tensor] = {n: tensor for n, tensor in model.named_parameters() if n not in parameters}
+    frozen.update(model.named_buffers())
     total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
 
     def loss_of_one(weights: dict[str, Tensor], feature: Tensor, target: Tensor) -> Tensor:

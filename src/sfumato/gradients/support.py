@@ -28,10 +28,14 @@ def check_model(model: nn.Module) -> None:
                 "use track_running_stats=False."
             )
     if not trainable(model):
-        raise UnsupportedModelError("The model has no trainable parameter (requires_grad=True), so there is nothing to train.")
+        raise UnsupportedModelError(
+            "The model has no trainable parameter (requires_grad=True), so there is nothing to train."
+        )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_floating_point():
-            raise UnsupportedModelError(f'Parameter "{name}" is {parameter.dtype}; only real floating-point parameters can be trained.')
+            raise UnsupportedModelError(
+                f'Parameter "{name}" is {parameter.dtype}; only real floating-point parameters can be trained.'
+            )
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from sfumato.data.records import Records
 from sfumato.errors import PlanError
@@ -26,11 +27,17 @@ class Central(Procedure):
     """Each step: draw a batch, sum its clipped gradients, and hand the noised sum over the expected batch to the optimiser."""
 
     def __init__(
-        self, model: nn.Module, records: Records, plan: Plan, loss: Loss, optimizer: Optimizer, source: RandomSource
+        self,
+        model: nn.Module,
+        records: Records,
+        plan: Plan,
+        loss: Loss,
+        optimizer: Optimizer,
+        source: RandomSource,
     ) -> None:
         if plan.is_private and plan.budget.unit is not Unit.RECORD:
             raise PlanError(
-                "One curator's training protects records; for unit \"client\" use federate over records.by_owner()."
+                'One curator\'s training protects records; for unit "client" use federate over records.by_owner().'
             )
         if plan.is_private:
             check_model(model)
@@ -41,24 +48,27 @@ class Central(Procedure):
         self.aggregation = ServerNoise()
         self.not_covered = ("The curator who trains holds all records and is trusted with them.",)
 
+    @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
         features, targets = batch_on(self._model, self._records, self._draws.batch(step))
-        return {
-            "all": clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip)
-        }
+        return {"all": clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip)}
 
+    @override
     def asked(self, step: int) -> int:
         return 1
 
+    @override
     def probe(self) -> Bounded:
         features, targets = batch_on(self._model, self._records, torch.zeros(1, dtype=torch.int64))
         return clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip).bounded
 
+    @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         set_gradients(self._model, released["all"].value, self._plan.expected_batch)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    @override
     def plain(self, step: int) -> None:
         indices = self._draws.batch(step)
         if not len(indices):
@@ -68,9 +78,11 @@ class Central(Procedure):
         mean_loss(self._loss(self._model(features), targets)).backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
+    @override
     def state(self) -> dict[str, Any]:
         return {"optimizer": self._optimizer.state_dict(), "draws": self._draws.state()}
 
+    @override
     def restore(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state["optimizer"])
         self._draws = self._plan.sampler.start(len(self._records), self._source, state["draws"])

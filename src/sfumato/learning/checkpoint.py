@@ -49,7 +49,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be written ({error.strerror}); choose another folder.") from error
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be written ({error.strerror}); choose another folder."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -66,7 +68,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, weights_only=True)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint; restore it from a copy or start a new run.") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint; restore it from a copy or start a new run."
+        ) from error
     if not isinstance(content, dict) or content.get("version") != _VERSION:
         raise CheckpointError(f"{path} is not a checkpoint of this version of sfumato; start a new run.")
     return content

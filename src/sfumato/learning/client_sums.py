@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from torch import Tensor
+from typing_extensions import override
 
 from sfumato.data.sampling import FullBatch
 from sfumato.errors import PlanError
@@ -47,7 +48,11 @@ class ClientSums(Procedure):
     """
 
     def __init__(
-        self, federation: Federation, noise: Aggregation | None, make: MakeOptimizer, work: Callable[[str], Vector]
+        self,
+        federation: Federation,
+        noise: Aggregation | None,
+        make: MakeOptimizer,
+        work: Callable[[str], Vector],
     ) -> None:
         check_federation(federation)
         self._federation, self._work = federation, work
@@ -63,6 +68,7 @@ class ClientSums(Procedure):
         self._draws = federation.plan.sampler.start(len(self._names), federation.source)
         self._asked = 0
 
+    @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
         cohort = [self._names[index] for index in self._draws.batch(step).tolist()]
         self._asked = len(cohort)
@@ -72,18 +78,22 @@ class ClientSums(Procedure):
         bounded, finite = clip_vector(self._work(name).value, self._federation.plan.clip)
         return ClippedSum(bounded, 0 if finite else 1)
 
+    @override
     def asked(self, step: int) -> int:
         return self._asked
 
+    @override
     def probe(self) -> Bounded:
         return self._part(self._names[0]).bounded
 
+    @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         if not released:  # noise of nobody: every client of the cohort adds its own, and there was none
             return
         total = functools.reduce(add_tensors, (release.value for release in released.values()))
         self._update(total, self._federation.plan.expected_batch)
 
+    @override
     def plain(self, step: int) -> None:
         answers = self._federation.engine.run(self._work, self._names, step)
         weight = sum(answer.weight for answer in answers.values())
@@ -98,9 +108,11 @@ class ClientSums(Procedure):
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    @override
     def state(self) -> dict[str, Any]:
         return {"optimizer": self._optimizer.state_dict(), "draws": self._draws.state()}
 
+    @override
     def restore(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state["optimizer"])
         self._draws = self._federation.plan.sampler.start(len(self._names), self._federation.source, state["draws"])

@@ -29,6 +29,8 @@ from sfumato.learning.federated import (
 from sfumato.learning.procedure import Procedure, batch_on, mean_loss, set_gradients
 from sfumato.privacy.bounded import Bounded, Released
 
+_AS_IT_IS: MakeOptimizer = functools.partial(SGD, lr=1.0)
+
 
 @final
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class FedAvg(Algorithm):
     local: MakeOptimizer
     local_steps: int = 1
     batch_size: int | None = None
-    server: MakeOptimizer = functools.partial(SGD, lr=1.0)
+    server: MakeOptimizer = _AS_IT_IS
 
     def __post_init__(self) -> None:
         _checks.count("local_steps", self.local_steps)

@@ -81,7 +81,6 @@ class Algorithm(ABC):
         """Return the procedure, with the noise where asked or where the algorithm needs it."""
 
 
-
 def check_federation(federation: Federation) -> None:
     """Refuse a federation that cannot keep its plan.
 
@@ -111,7 +110,10 @@ def who_is_protected(federation: Federation) -> tuple[str, ...]:
     who = "Which clients take part, and when they answer."
     if federation.protects_clients:
         return (who,)
-    return (who, "A person with records at several clients, or with several records, is protected for each record alone.")
+    return (
+        who,
+        "A person with records at several clients, or with several records, is protected for each record alone.",
+    )
 
 
 def server_optimizer(federation: Federation, make: MakeOptimizer) -> Optimizer:

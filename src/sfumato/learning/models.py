@@ -15,9 +15,7 @@ KINDS = ("logistic", "mlp", "cnn")
 _CHANNELS = (16, 32)
 
 
-def build(
-    kind: str, input_shape: Sequence[int], outputs: int, hidden: Sequence[int] | None = None
-) -> nn.Sequential:
+def build(kind: str, input_shape: Sequence[int], outputs: int, hidden: Sequence[int] | None = None) -> nn.Sequential:
     """Return a fresh model from features (batch, *input_shape) to scores (batch, outputs).
 
     Bounded activations (tanh) train better under clipping and noise than ReLU (Papernot et al. 2021).

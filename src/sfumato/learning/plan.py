@@ -52,7 +52,9 @@ class Plan:
         self.budget.check_population(self.population)
         if not self.budget.is_private:
             if self.noise_multiplier != 0 or not math.isinf(self.clip):
-                raise PlanError("An infinite epsilon means plain training: noise_multiplier must be 0 and clip infinite.")
+                raise PlanError(
+                    "An infinite epsilon means plain training: noise_multiplier must be 0 and clip infinite."
+                )
             return
         _checks.positive("clip", self.clip)
         _checks.positive("noise_multiplier", self.noise_multiplier)
@@ -99,7 +101,12 @@ class Plan:
     ) -> Plan:  # fmt: skip
         """Return a plan of plain training: no clipping, no noise, no promise."""
         return cls.calibrate(
-            Budget(math.inf), population=population, batch_size=batch_size, steps=steps, epochs=epochs, sampling=sampling
+            Budget(math.inf),
+            population=population,
+            batch_size=batch_size,
+            steps=steps,
+            epochs=epochs,
+            sampling=sampling,
         )
 
     @property

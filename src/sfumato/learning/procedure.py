@@ -61,7 +61,8 @@ class Procedure(ABC):
 def zero_like(model: nn.Module, norm_bound: float) -> Bounded:
     """Return the sum of no units, in the shapes of the model's trainable parameters."""
     return Bounded(
-        {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in trainable(model).items()}, norm_bound
+        {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in trainable(model).items()},
+        norm_bound,
     )
 
 
@@ -107,4 +108,3 @@ def batch_on(model: nn.Module, records: Records, indices: Tensor) -> tuple[Tenso
 def mean_loss(losses: Tensor) -> Tensor:
     """Return the mean of a loss that may already be reduced."""
     return losses if losses.dim() == 0 else losses.mean()
-

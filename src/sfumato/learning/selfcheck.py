@@ -16,7 +16,11 @@ from sfumato.privacy.bounded import Bounded, Released
 
 
 def check_first_step(
-    names: Iterable[str], parts: Mapping[str, Bounded], probe: Bounded, released: Mapping[str, Released], zero: Bounded
+    names: Iterable[str],
+    parts: Mapping[str, Bounded],
+    probe: Bounded,
+    released: Mapping[str, Released],
+    zero: Bounded,
 ) -> None:
     """Stop a run whose first step is not bounded, not noised or not complete.
 
@@ -32,7 +36,8 @@ def check_first_step(
     """
     expected = list(names)
     for name in expected:
-        if any(name not in values.value for values in [probe, *parts.values(), *released.values()]):
+        values = [probe.value, *(part.value for part in parts.values()), *(one.value for one in released.values())]
+        if any(name not in value for value in values):
             raise SelfCheckError(f'The first step does not cover the trainable parameter "{name}"; training stopped.')
     norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in probe.value.values()))
     if not norm <= probe.norm_bound:

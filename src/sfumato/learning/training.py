@@ -182,23 +182,33 @@ class Training(Iterator[Step]):
         _checks.count("checkpoint every", checkpoint.every)
         ledger = self._account.ledger
         if self.plan.is_private and (ledger is None or not ledger.is_durable):
-            raise PlanError("A private run can only be checkpointed with a ledger on disk, which remembers its steps; pass ledger.")
+            raise PlanError(
+                "A private run can only be checkpointed with a ledger on disk, which remembers its steps; pass ledger."
+            )
         if not path.parent.is_dir():
             raise CheckpointError(f"The folder of the checkpoint {path} does not exist; make it first.")
         if not checkpoint.resume:
             if path.exists():
-                raise CheckpointError(f"The checkpoint {path} exists already; pass resume=True to go on with it, or another path.")
+                raise CheckpointError(
+                    f"The checkpoint {path} exists already; pass resume=True to go on with it, or another path."
+                )
             return
         content = checkpoints.read(path)
         if content["plan"] != self.plan.fingerprint():
-            raise CheckpointError(f"The checkpoint {path} belongs to another plan; resume with the plan it was started with.")
+            raise CheckpointError(
+                f"The checkpoint {path} belongs to another plan; resume with the plan it was started with."
+            )
         if content["dataset"] != self._account.dataset:
-            raise CheckpointError(f'The checkpoint {path} belongs to the data set "{content["dataset"]}", not "{self._account.dataset}".')
+            raise CheckpointError(
+                f'The checkpoint {path} belongs to the data set "{content["dataset"]}", not "{self._account.dataset}".'
+            )
         try:
             self.model.load_state_dict(content["model"])
             self._procedure.restore(content["procedure"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"The checkpoint {path} belongs to another model or optimiser: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(
+                f"The checkpoint {path} belongs to another model or optimiser: {str(error).splitlines()[0]}"
+            ) from error
         self._position, self._run = content["position"], content["run"]
         if self._run and ledger is not None and self._position < self.plan.steps:
             # The ledger, not the file, knows how far the run may have come: what was leased counts as drawn.

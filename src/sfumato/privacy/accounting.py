@@ -78,7 +78,9 @@ def spending(event: events.Event, delta: float, relation: Relation = Relation.AD
     return _spending(events.to_json(event), delta)
 
 
-def epsilon_curve(event_of: Callable[[int], events.Event], delta: float, steps: Sequence[int]) -> list[tuple[int, float]]:
+def epsilon_curve(
+    event_of: Callable[[int], events.Event], delta: float, steps: Sequence[int]
+) -> list[tuple[int, float]]:
     """Return (step, epsilon after that many steps) for the given step counts; `event_of(n)` describes n steps."""
     return [(n, spending(event_of(n), delta).epsilon if n else 0.0) for n in steps]
 

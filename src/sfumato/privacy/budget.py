@@ -10,7 +10,6 @@ from typing import TypeVar
 from sfumato import _checks
 from sfumato.errors import InputError
 
-
 _E = TypeVar("_E", bound=enum.StrEnum)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import dp_accounting
 
 from sfumato import _checks
 from sfumato.errors import InputError
 
-Event = dp_accounting.DpEvent
+Event: TypeAlias = dp_accounting.DpEvent
 """A `dp_accounting.DpEvent`: the description of a private computation."""
 
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -37,14 +37,14 @@ def gaussian(noise_multiplier: float) -> Event:
 
 def poisson_sampled(rate: float, event: Event) -> Event:
     """Return `event` applied to a batch that every unit joins independently with probability `rate`."""
-    return dp_accounting.PoissonSampledDpEvent(
-        _checks.fraction("sampling rate", rate, allow_one=True), event
-    )
+    return dp_accounting.PoissonSampledDpEvent(_checks.fraction("sampling rate", rate, allow_one=True), event)
 
 
 def repeated(event: Event, times: int) -> Event:
-    """Return `event` done `times` times on the same data."""
-    return dp_accounting.SelfComposedDpEvent(event, _checks.count("times", times, minimum=0))
+    """Return `event` done `times` times on the same data; zero times is the event of doing nothing."""
+    if _checks.count("times", times, minimum=0) == 0:
+        return dp_accounting.NoOpDpEvent()  # the accountants refuse a count of zero
+    return dp_accounting.SelfComposedDpEvent(event, times)
 
 
 def composed(events: Sequence[Event]) -> Event:
@@ -106,11 +106,9 @@ def to_json(event: Event) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Event):
-        return to_dict(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    return value if isinstance(value, int | float) else to_dict(value)
 
 
 def _rebuilt(value: Any) -> Any:

@@ -170,9 +170,7 @@ class Ledger:
         """
         _line("dataset", dataset)
         if not cap.is_private:
-            raise InputError(
-                f'A cap for data set "{dataset}" needs a finite epsilon; choose one, for example 1.'
-            )
+            raise InputError(f'A cap for data set "{dataset}" needs a finite epsilon; choose one, for example 1.')
         with self._transaction(write=True) as (_, pending):
             account = self._books.accounts.get(dataset)
             if account is not None:
@@ -349,9 +347,7 @@ class Ledger:
         self._memory: sqlite3.Connection | None = None
         self._books = _Books(self._where)
         if self._path is not None and not self._path.parent.is_dir():
-            raise LedgerError(
-                f"{self._where} has no folder to lie in. Fix: create {self._path.parent} first."
-            )
+            raise LedgerError(f"{self._where} has no folder to lie in. Fix: create {self._path.parent} first.")
         with _ONE_AT_A_TIME, self._sentences():
             if self._path is None:
                 self._memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
@@ -472,9 +468,7 @@ class Ledger:
             raise LedgerError(f"{self._where} is empty. Fix: create it with `sfumato ledger grant`.")
         mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if self._path is not None and mode != "wal":
-            raise LedgerError(
-                f"{self._where} lies on a disk that cannot keep it safe. Fix: use a local disk."
-            )
+            raise LedgerError(f"{self._where} lies on a disk that cannot keep it safe. Fix: use a local disk.")
         if not exists:
             connection.execute("BEGIN IMMEDIATE")
             if not self._is_ledger(connection):
@@ -496,9 +490,7 @@ class Ledger:
                 f"{self._where} has format {version}, not {_VERSION}. Fix: use the sfumato that wrote it."
             )
         if schema != set(_SCHEMA):
-            raise LedgerError(
-                f"{self._where}: its tables or triggers were changed by somebody else. {_RESTORE}"
-            )
+            raise LedgerError(f"{self._where}: its tables or triggers were changed by somebody else. {_RESTORE}")
         return True
 
     @contextmanager
@@ -752,9 +744,7 @@ class _Books:
         """Return the next entry if it says that `upto` draws of `run` are handed out."""
         paid = self.runs[run]
         free = dataclasses.replace(paid.cost, epsilon=0.0, delta=0.0)
-        return self.next_entry(
-            kind=kind, dataset=paid.dataset, run=run, cost=free, draws=paid.draws, upto=upto
-        )
+        return self.next_entry(kind=kind, dataset=paid.dataset, run=run, cost=free, draws=paid.draws, upto=upto)
 
     def _apply(self, entry: Entry) -> None:
         cost = Cost(entry.epsilon, entry.delta, Unit(entry.unit), Relation(entry.relation))
@@ -789,12 +779,9 @@ _SCHEMA = (
     "unit TEXT NOT NULL, relation TEXT NOT NULL, purpose TEXT NOT NULL, event TEXT NOT NULL, "
     "draws INTEGER NOT NULL, upto INTEGER NOT NULL, by TEXT NOT NULL, note TEXT NOT NULL, "
     "previous TEXT NOT NULL, digest TEXT NOT NULL)",
-    "CREATE TABLE head (only INTEGER PRIMARY KEY CHECK (only = 1), seq INTEGER NOT NULL, "
-    "digest TEXT NOT NULL)",
-    "CREATE TRIGGER no_update BEFORE UPDATE ON entries "
-    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
-    "CREATE TRIGGER no_delete BEFORE DELETE ON entries "
-    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TABLE head (only INTEGER PRIMARY KEY CHECK (only = 1), seq INTEGER NOT NULL, digest TEXT NOT NULL)",
+    "CREATE TRIGGER no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     # INSERT OR REPLACE deletes without asking no_delete.
     "CREATE TRIGGER no_replace BEFORE INSERT ON entries WHEN NEW.seq IS NOT (SELECT seq + 1 FROM head) "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
@@ -818,9 +805,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _entries(connection: sqlite3.Connection, first: int = 1) -> Iterator[Entry]:
-    rows = connection.execute(
-        f"SELECT {', '.join(_FIELDS)} FROM entries WHERE seq >= ? ORDER BY seq", (first,)
-    )
+    rows = connection.execute(f"SELECT {', '.join(_FIELDS)} FROM entries WHERE seq >= ? ORDER BY seq", (first,))
     return (Entry(*row) for row in rows)
 
 

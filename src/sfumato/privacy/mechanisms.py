@@ -68,13 +68,16 @@ def gaussian(
     Raises:
         SelfCheckError: the sum is not finite or too large for its bound.
     """
-    return gaussian_each(
-        {"all": bounded}, noise_multiplier, relation=relation, charge=charge, source=source
-    )["all"]
+    return gaussian_each({"all": bounded}, noise_multiplier, relation=relation, charge=charge, source=source)["all"]
 
 
 def gaussian_each(
-    parts: Mapping[str, Bounded], noise_multiplier: float, *, relation: Relation, charge: Charge, source: RandomSource
+    parts: Mapping[str, Bounded],
+    noise_multiplier: float,
+    *,
+    relation: Relation,
+    charge: Charge,
+    source: RandomSource,
 ) -> dict[str, Released]:
     """Release several bounded sums over disjoint sets of units, each with its own noise, for the price of one.
 
@@ -83,7 +86,12 @@ def gaussian_each(
     """
     _checks.positive("noise_multiplier", noise_multiplier)
     ready = [
-        (name, _on_grid(part, grid_of(part.norm_bound)), noise_std(part, noise_multiplier, relation), grid_of(part.norm_bound))
+        (
+            name,
+            _on_grid(part, grid_of(part.norm_bound)),
+            noise_std(part, noise_multiplier, relation),
+            grid_of(part.norm_bound),
+        )
         for name, part in parts.items()
     ]
     draw = charge.take()
@@ -141,6 +149,8 @@ class SharedGaussian:
         self._clients = clients
         probe = Bounded({"all": torch.empty(size, device="meta")}, norm_bound)
         self._norm_bound = norm_bound
+        self._size = size
+        self._combined = False
         self._grid = grid_of(norm_bound)
         self._std = noise_std(probe, noise_multiplier, relation)
         # Each client rounds its own sum; only one of them holds the unit that differs, so one rounding counts.
@@ -150,8 +160,10 @@ class SharedGaussian:
         """Return a client's sum with that client's part of the noise, drawn from the client's own source.
 
         Raises:
-            SfumatoError: the sum has a larger bound than the round was opened for.
+            SfumatoError: the sum has a larger bound or another size than the round was opened for.
         """
+        if bounded.size != self._size:
+            raise SfumatoError(f"A client's sum has {bounded.size} coordinates, the round {self._size}; use one model for all.")
         if not bounded.norm_bound <= self._norm_bound:
             raise SfumatoError(
                 f"A client's sum is bounded by {bounded.norm_bound:g}, the round by {self._norm_bound:g}; clip to the latter."
@@ -165,19 +177,31 @@ class SharedGaussian:
 
         Raises:
             LostClientsError: more clients were lost than tolerated; nothing is released and the charge stays spent.
-            SfumatoError: a share belongs to another round, or arrived twice.
+            SfumatoError: a share belongs to another round or arrived twice, there are more shares than clients, or the
+                round was combined before (two totals would need two charges).
         """
+        if self._combined:
+            raise SfumatoError("This round was combined before; one charge pays for one total. Fix: open a new round.")
         if any(share.round is not self for share in shares) or len({id(share) for share in shares}) != len(shares):
             raise SfumatoError("A noise share belongs to another round or arrived twice; nothing was released.")
+        if len(shares) > self._clients:
+            raise SfumatoError(f"{len(shares)} shares came from {self._clients} clients; nothing was released.")
         if len(shares) < self._needed:
             raise LostClientsError(
                 f"Only {len(shares)} of {self._clients} clients answered and the noise needs {self._needed}: the round was "
                 "not released and its charge stays spent. Fix: tolerate more losses (every client then adds more noise) "
                 "or let the server add the noise."
             )
+        self._combined = True
         total = {name: torch.stack([share.units[name] for share in shares]).sum(0) for name in shares[0].units}
         std = self._std * math.sqrt(len(shares) / self._needed)
-        return Released({name: units.mul_(self._grid) for name, units in total.items()}, std, self._grid, self._draw, RELEASE)
+        return Released(
+            {name: units.mul_(self._grid) for name, units in total.items()},
+            std,
+            self._grid,
+            self._draw,
+            RELEASE,
+        )
 
 
 def _on_grid(bounded: Bounded, grid: float) -> dict[str, Tensor]:

@@ -65,5 +65,8 @@ class PrivacyStatement:
                 f"  Accountants: PLD {self.spending.pld:.4g} (the claim), RDP {self.spending.rdp:.4g} (second opinion).",
             ]
             if not self.secret_noise:
-                lines.insert(0, "A rehearsal, not a private release: the noise came from a known seed. With secret noise:")
+                lines.insert(
+                    0,
+                    "A rehearsal, not a private release: the noise came from a known seed. With secret noise:",
+                )
         return "\n".join([*lines, "  Not covered:", *(f"  - {sentence}" for sentence in self.not_covered)])

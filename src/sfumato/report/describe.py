@@ -56,4 +56,6 @@ def ledger_extract(ledger: Ledger) -> dict[str, Any]:
 
 def describe_machine() -> str:
     """Return cores, processor family, Python and torch versions in one line."""
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return (
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    )

@@ -43,9 +43,7 @@ _NEIGHBOURS: Final = {
 
 def render(result: Result) -> str:
     """Return the whole page as text; the same result always gives the same page."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "bound": bound,
         "number": number,
@@ -87,9 +85,7 @@ def write_report(result: Result, folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be made a folder ({error.strerror}); choose another one."
-        ) from None
+        raise InputError(f"{folder} cannot be made a folder ({error.strerror}); choose another one.") from None
     return write_text_atomically(folder / FILE_NAME, render(result))
 
 
@@ -128,9 +124,7 @@ def _who_and_promise(result: Result) -> list[str]:
     strict, loose = (pick(statements, key=lambda p: (p.epsilon, p.delta)) for pick in (min, max))
     guesses = f"at most {_guess(strict)} of the time"
     if loose.epsilon > strict.epsilon:
-        guesses += (
-            f" at epsilon {bound(strict.epsilon)} and {_guess(loose)} at epsilon {bound(loose.epsilon)}"
-        )
+        guesses += f" at epsilon {bound(strict.epsilon)} and {_guess(loose)} at epsilon {bound(loose.epsilon)}"
         epsilon = f"epsilon between {bound(strict.epsilon)} and {bound(loose.epsilon)}"
     else:
         epsilon = f"epsilon {bound(loose.epsilon)}"

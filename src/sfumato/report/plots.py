@@ -80,9 +80,7 @@ def epsilon_over_steps(result: Result) -> str | None:
             # Each run starts its markers elsewhere, so that runs on the same line can both be seen.
             start = (every * i // len(runs)) % len(steps)
             look = _look(run)
-            ax.plot(
-                steps, spent, color=look.colour, lw=1.6, marker=look.marker, ms=4.5, markevery=(start, every)
-            )
+            ax.plot(steps, spent, color=look.colour, lw=1.6, marker=look.marker, ms=4.5, markevery=(start, every))
             labels.append(_Label(spent[-1], run.name, look.colour))
         claims = sorted({run.privacy.epsilon for run in runs if run.privacy})
         top = 1.08 * max([*claims, *(label.at for label in labels), 1e-9])
@@ -148,9 +146,7 @@ def accuracy_over_epsilon(result: Result) -> str | None:
         epsilons = sorted({run.privacy.epsilon for run, _ in rows if run.privacy})
         labels = []
         for i, mode in enumerate(families):
-            points = sorted(
-                (r.privacy.epsilon, s.mean, s.sd) for r, s in rows if r.mode == mode and r.privacy
-            )
+            points = sorted((r.privacy.epsilon, s.mean, s.sd) for r, s in rows if r.mode == mode and r.privacy)
             # A small shift keeps the bars of two families at one epsilon apart.
             shift = 1 + 0.02 * (i - (len(families) - 1) / 2)
             xs, ys, sds = zip(*points, strict=True)

@@ -31,9 +31,7 @@ from sfumato.errors import InputError
 from sfumato.privacy.budget import Relation, Unit
 
 PRIVATE = "-private"
-Mode = Literal[
-    "alone", "pooled", "pooled-private", "federated", "federated-private", "central", "central-private"
-]
+Mode = Literal["alone", "pooled", "pooled-private", "federated", "federated-private", "central", "central-private"]
 
 
 def _utc(text: str) -> str:
@@ -85,9 +83,7 @@ class Score(_Model):
     @model_validator(mode="after")
     def _one_value_per_seed(self) -> Self:
         if self.values is not None and len(self.values) != self.seeds:
-            raise ValueError(
-                f"values has {len(self.values)} numbers for {self.seeds} seeds; give one number per seed"
-            )
+            raise ValueError(f"values has {len(self.values)} numbers for {self.seeds} seeds; give one number per seed")
         return self
 
 
@@ -316,9 +312,7 @@ def write_result(result: Result, path: str | Path) -> Path:
     try:
         text = json.dumps(result.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        raise InputError(
-            f"{path} was not written: an event holds NaN or infinity; give finite numbers."
-        ) from None
+        raise InputError(f"{path} was not written: an event holds NaN or infinity; give finite numbers.") from None
     return write_text_atomically(path, text + "\n")
 
 

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LOSS, flat, sgd, toy_model, toy_plan, toy_records
+
+import sfumato as sf
+from sfumato.errors import CheckpointError, PlanError
+
+
+def start(folder: Path, model: torch.nn.Module, *, resume: bool = False, every: int = 2, **plan: object) -> object:
+    ledger = sf.Ledger(folder / "ledger.sqlite")
+    if not ledger.has_grant("toy"):
+        ledger.grant("toy", sf.Budget(2.0, 1e-3))
+    return sf.steps(
+        model, toy_records(), toy_plan(steps=8, **plan), loss=LOSS, optimizer=sgd(model), ledger=ledger,
+        checkpoint=sf.Checkpoint(folder / "run.pt", every=every, resume=resume),
+    )  # fmt: skip
+
+
+def test_a_paused_run_goes_on_where_it_was_and_is_charged_once(tmp_path: Path) -> None:
+    model = toy_model()
+    training = start(tmp_path, model)
+    for _ in range(3):
+        next(training)  # type: ignore[call-overload]
+    training.pause()  # type: ignore[attr-defined]
+    stopped = flat(model)
+    other = toy_model(seed=9)
+    resumed = start(tmp_path, other, resume=True)
+    assert torch.equal(flat(other), stopped)
+    steps = list(resumed)  # type: ignore[call-overload]
+    assert [step.index for step in steps] == [4, 5, 6, 7, 8]
+    history = sf.Ledger(tmp_path / "ledger.sqlite").history("toy")
+    assert sum(entry.kind == "charge" for entry in history) == 1
+
+
+def test_a_crashed_run_skips_the_steps_that_may_have_been_noised(tmp_path: Path) -> None:
+    model = toy_model()
+    training = start(tmp_path, model)
+    for _ in range(3):
+        next(training)  # type: ignore[call-overload]
+    del training  # as after a crash: the last save is at step 2, steps 3 and 4 are leased
+    resumed = start(tmp_path, toy_model(), resume=True)
+    assert [step.index for step in resumed] == [5, 6, 7, 8]  # type: ignore[attr-defined]
+
+
+def test_a_resumed_run_does_not_repeat_noise(tmp_path: Path) -> None:
+    updates = []
+    for seed in range(2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        model = toy_model()
+        before = flat(model)
+        next(start(folder, model))  # type: ignore[call-overload]
+        updates.append(flat(model) - before)
+    assert not torch.equal(*updates)
+
+
+def test_shuffled_batches_go_on_with_the_same_order(tmp_path: Path) -> None:
+    model = toy_model()
+    training = start(tmp_path, model, batch_size=15, sampling="shuffled", every=1)
+    next(training)  # type: ignore[call-overload]
+    first = training._procedure._draws  # type: ignore[attr-defined]
+    resumed = start(tmp_path, toy_model(), resume=True, batch_size=15, sampling="shuffled", every=1)
+    second = resumed._procedure._draws  # type: ignore[attr-defined]
+    for step in range(8):
+        assert torch.equal(first.batch(step), second.batch(step))
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = toy_model()
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        start(tmp_path, model, resume=True)
+    next(start(tmp_path, model, every=1))  # type: ignore[call-overload]
+    with pytest.raises(CheckpointError, match="exists already"):
+        start(tmp_path, model)
+    with pytest.raises(CheckpointError, match="another plan"):
+        start(tmp_path, model, resume=True, clip=2.0)
+    with pytest.raises(CheckpointError, match="another model"):
+        start(tmp_path, torch.nn.Linear(3, 2), resume=True)
+    (tmp_path / "run.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        start(tmp_path, model, resume=True)
+    with pytest.raises(PlanError, match="ledger on disk"):
+        sf.steps(
+            model, toy_records(), toy_plan(), loss=LOSS, optimizer=sgd(model), checkpoint=sf.Checkpoint(tmp_path / "x.pt")
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_never_forgets_a_noised_step(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        import os, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_checkpoint import start, toy_model
+        folder, resume, stop = Path(sys.argv[1]), sys.argv[2] == "resume", int(sys.argv[3])
+        for count, step in enumerate(start(folder, toy_model(), resume=resume)):
+            with open(folder / "done", "a") as file:
+                print(step.index, file=file, flush=True)
+            if count == stop:
+                os.kill(os.getpid(), {signal.SIGKILL.value})
+        """
+    )
+    for attempt in range(3):
+        mode = "resume" if attempt else "start"
+        subprocess.run([sys.executable, "-c", script, str(tmp_path), mode, "2"], check=False, env=os.environ.copy())
+    done = [int(line) for line in (tmp_path / "done").read_text().split()]
+    # Every noised step has its own number: none was noised twice under one charge.
+    assert len(done) == len(set(done))
+    assert max(done) <= 8

@@ -1,0 +1,137 @@
+"""Mutants of privacy code: each is put in place of the real thing, and must be caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LOSS, flat, sgd, toy_model, toy_plan, toy_records
+from torch import Tensor, nn
+
+import sfumato as sf
+from sfumato.data import sampling
+from sfumato.errors import PlanError, SelfCheckError
+from sfumato.gradients import per_record
+from sfumato.learning import central
+from sfumato.privacy import events, mechanisms
+
+
+def run(plan: sf.Plan, model: nn.Module | None = None, records: sf.Records | None = None) -> nn.Module:
+    model = model or nn.Linear(4, 200)
+    sf.train(model, records or toy_records(), plan, loss=LOSS, optimizer=sgd(model))
+    return model
+
+
+def test_the_unmutated_code_passes() -> None:
+    run(toy_plan(steps=2))
+
+
+def test_mutant_noise_off_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechanisms, "_add_noise", lambda units, std, source: units)
+    with pytest.raises(SelfCheckError, match="without noise"):
+        run(toy_plan(steps=2))
+
+
+@pytest.mark.parametrize("factor", [2 / 3, 3 / 2])
+def test_mutant_wrong_noise_scale_is_caught(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    honest = mechanisms._add_noise
+    monkeypatch.setattr(mechanisms, "_add_noise", lambda units, std, source: honest(units, std * factor, source))
+    with pytest.raises(SelfCheckError, match="times the variance"):
+        run(toy_plan(steps=2))
+
+
+def test_mutant_clip_off_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_clipping(squared: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(squared), torch.zeros_like(squared, dtype=torch.bool)
+
+    monkeypatch.setattr(per_record, "clip_factors", no_clipping)
+    with pytest.raises(SelfCheckError, match="above the clip norm"):
+        run(toy_plan(steps=2, clip=0.01))
+
+
+def loss_falls() -> bool:
+    """Train with next to no noise on easy records and tell whether the loss fell."""
+    records, model = toy_records(), toy_model()
+    before = float(LOSS(model(records.features), records.targets))
+    sf.train(model, records, toy_plan(200.0, steps=20), loss=LOSS, optimizer=sgd(model))
+    return float(LOSS(model(records.features), records.targets)) < before - 0.05
+
+
+def test_mutant_wrong_sign_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loss_falls()
+    honest = central.set_gradients
+    monkeypatch.setattr(central, "set_gradients", lambda model, total, divisor: honest(model, total, -divisor))
+    assert not loss_falls()
+
+
+def noise_of_updates(records: sf.Records) -> Tensor:
+    """Return the steps' pure noise, relative to what the plan says, when no record has a gradient."""
+    model = nn.Linear(4, 300)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    plan = toy_plan(2.0, 60, 6, 12)
+
+    def no_gradient(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sum() * 0
+
+    seen = []
+    training = sf.steps(model, records, plan, loss=no_gradient, optimizer=sgd(model, lr=1.0))
+    before = flat(model)
+    for _ in training:
+        after = flat(model)
+        seen.append(float((after - before).square().mean().sqrt()) * plan.expected_batch / plan.noise_multiplier)
+        before = after
+    return torch.tensor(seen)
+
+
+def is_one_scale(ratios: Tensor) -> bool:
+    """Tell whether every step had the accounted noise: 1500 coordinates put each ratio within 0.1 of 1."""
+    return bool(((ratios - 1).abs() < 0.1).all())
+
+
+def test_mutant_noise_on_the_mean_of_the_actual_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_one_scale(noise_of_updates(toy_records()))
+    sizes: list[int] = []
+    honest_batch, honest_set = central.batch_on, central.set_gradients
+
+    def spy(model: nn.Module, records: sf.Records, indices: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(indices))
+        return honest_batch(model, records, indices)
+
+    monkeypatch.setattr(central, "batch_on", spy)
+    monkeypatch.setattr(
+        central, "set_gradients", lambda model, total, divisor: honest_set(model, total, max(1, sizes[-1]))
+    )
+    assert not is_one_scale(noise_of_updates(toy_records()))
+
+
+def draws_are_what_the_event_says(sampler: sampling.Sampler, records: int = 400, steps: int = 60) -> bool:
+    """Tell whether batch sizes vary as independent coin flips do, where the event claims Poisson sampling."""
+    if not events.is_sampled(sampler.event(1.0, 1)):
+        return True
+    draws = sampler.start(records, sf.SeededSource(5))
+    sizes = torch.tensor([float(len(draws.batch(step))) for step in range(steps)])
+    expected = records * sampler.rate * (1 - sampler.rate)
+    return bool(0.5 * expected < sizes.var() < 2 * expected)
+
+
+def test_mutant_shuffled_loader_accounted_as_poisson_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert draws_are_what_the_event_says(sampling.Poisson(0.1))
+    assert draws_are_what_the_event_says(sampling.Shuffled(40, 400))
+    monkeypatch.setattr(
+        sampling.Shuffled, "event", lambda self, noise, steps: sampling.Poisson(self.rate).event(noise, steps)
+    )
+    assert not draws_are_what_the_event_says(sampling.Shuffled(40, 400))
+
+
+def test_mutant_plan_with_less_noise_than_its_budget_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sfumato.privacy import calibration
+
+    honest = calibration.calibrate
+
+    def too_little(event_of: object, budget: sf.Budget) -> calibration.Calibration:
+        found = honest(event_of, budget)  # type: ignore[arg-type]
+        return calibration.Calibration(found.noise_multiplier * 0.9, found.spending)
+
+    monkeypatch.setattr(calibration, "calibrate", too_little)
+    with pytest.raises(PlanError, match="more than the budget"):
+        toy_plan()
