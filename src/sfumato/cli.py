@@ -223,7 +223,7 @@ def train(
         stack.enter_context(_tidy(folder))
         ledger = shared
         if ledger is None and chosen.is_private:
-            ledger = stack.enter_context(Ledger(folder / "ledger.db"))
+            ledger = stack.enter_context(Ledger(folder / "ledger.sqlite"))
             if not ledger.has_grant(experiment.dataset):
                 ledger.grant(experiment.dataset, chosen.budget, note="exactly the budget of this run")
         start = time.perf_counter()
@@ -294,7 +294,7 @@ def _tidy(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         if not _is_worth_keeping(folder):
-            for file in folder.glob("ledger.db*"):
+            for file in folder.glob("ledger.sqlite*"):
                 file.unlink()
             if made:
                 with contextlib.suppress(OSError):
@@ -305,10 +305,10 @@ def _tidy(folder: Path) -> Iterator[None]:
 def _is_worth_keeping(folder: Path) -> bool:
     if (folder / "checkpoint.pt").exists():
         return True
-    if not (folder / "ledger.db").exists():
+    if not (folder / "ledger.sqlite").exists():
         return False
     try:
-        with Ledger.existing(folder / "ledger.db") as ledger:
+        with Ledger.existing(folder / "ledger.sqlite") as ledger:
             return any(entry.kind == "charge" for entry in ledger.history())
     except SfumatoError:
         return True

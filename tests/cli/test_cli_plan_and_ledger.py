@@ -57,7 +57,7 @@ def test_a_plan_that_cannot_be_is_refused_in_one_line(command, refused, change, 
 
 
 def test_grant_show_history_and_verify_agree(command, tmp_path):
-    path = str(tmp_path / "ledger.db")
+    path = str(tmp_path / "ledger.sqlite")
     granted = command("ledger", "grant", path, "heart", *CAP, "--by", "ada", "--note", "first study")
     assert granted.exit_code == 0, granted.output
     command("ledger", "grant", path, "lungs", "--epsilon", "5", "--delta", "1e-6", "--unit", "client")
@@ -76,7 +76,7 @@ def test_grant_show_history_and_verify_agree(command, tmp_path):
 
 
 def test_verify_refuses_a_foreign_digest_and_a_changed_entry(command, refused, tmp_path):
-    path = tmp_path / "ledger.db"
+    path = tmp_path / "ledger.sqlite"
     command("ledger", "grant", str(path), "heart", *CAP)
     assert "digest" in refused(command("ledger", "verify", str(path), "--digest", "0" * 63 + "1"))
     with sqlite3.connect(path) as connection:
@@ -88,7 +88,7 @@ def test_verify_refuses_a_foreign_digest_and_a_changed_entry(command, refused, t
 
 
 def test_a_refused_grant_leaves_no_file(command, refused, tmp_path):
-    path = tmp_path / "ledger.db"
+    path = tmp_path / "ledger.sqlite"
     for epsilon in ("0", "nan", "inf"):
         refused(command("ledger", "grant", str(path), "heart", "--epsilon", epsilon, "--delta", "1e-5"))
     assert not path.exists()

@@ -48,7 +48,7 @@ def test_a_private_run_leaves_model_report_and_result(study, command, training, 
     study.config["training"] |= training
     done = study.train()
     assert done.exit_code == 0, done.output
-    assert {"model.pt", "report.html", "result.json", "ledger.db"} <= files(study.out)
+    assert {"model.pt", "report.html", "result.json", "ledger.sqlite"} <= files(study.out)
     (run,) = study.result()["runs"]
     assert run["mode"] == mode
     assert 1.9 < run["privacy"]["epsilon"] <= 2
@@ -57,7 +57,7 @@ def test_a_private_run_leaves_model_report_and_result(study, command, training, 
     assert "not covered by the budget" in done.stdout
     weights = torch.load(study.out / "model.pt", weights_only=True)
     assert {tuple(tensor.shape) for tensor in weights.values()} == {(2, 3), (2,)}
-    with Ledger.existing(study.out / "ledger.db") as ledger:
+    with Ledger.existing(study.out / "ledger.sqlite") as ledger:
         assert ledger.digest == study.result()["ledger"]["digest"]
         assert ledger.balance("study").spent_epsilon == pytest.approx(run["privacy"]["epsilon"])
     page = (study.out / "report.html").read_bytes()
@@ -74,7 +74,7 @@ def test_training_without_privacy_learns_and_promises_nothing(study):
     assert run["privacy"] is None
     assert run["mode"] == "central"
     assert run["metrics"]["accuracy"]["mean"] > 0.8
-    assert not (study.out / "ledger.db").exists()
+    assert not (study.out / "ledger.sqlite").exists()
 
 
 def test_federated_averaging_protects_records_and_clients(study):
