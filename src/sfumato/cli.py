@@ -7,8 +7,8 @@ import io
 import json
 import math
 import os
-import secrets
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -463,7 +463,7 @@ def _publish(folder: Path, model: nn.Module, result: Result) -> None:
 
     content = io.BytesIO()
     torch.save(model.state_dict(), content)
-    temporary = folder / f".model.pt.{secrets.token_hex(8)}"
+    temporary = folder / f".model.pt.{uuid.uuid4().hex}"
     try:
         with temporary.open("xb") as file:
             file.write(content.getvalue())

@@ -70,9 +70,7 @@ def test_epsilon_recomputed_by_dp_accounting_alone_from_json_is_equal(event: eve
     assert spent.rdp == rdp.RdpAccountant().compose(alone).get_epsilon(1e-5)
     coarse, fine = (pld.PLDAccountant(value_discretization_interval=width) for width in (1e-4, 1e-5))
     # The finer grid is slow, and only counts where the coarse one was refused.
-    assert spent.pld == coarse.compose(alone).get_epsilon(1e-5) or spent.pld == fine.compose(
-        alone
-    ).get_epsilon(1e-5)
+    assert spent.pld == coarse.compose(alone).get_epsilon(1e-5) or spent.pld == fine.compose(alone).get_epsilon(1e-5)
 
 
 @fewer

@@ -89,5 +89,5 @@ def test_later_changes_of_the_mapping_given_do_not_reach_the_bounded_value() -> 
 
 @pytest.mark.parametrize("key", [None, object(), "RELEASE", True])
 def test_nobody_else_can_make_a_released_value(key: object) -> None:
-    with pytest.raises(SfumatoError, match="Only sfumato.privacy.mechanisms"):
+    with pytest.raises(SfumatoError, match=r"Only sfumato\.privacy\.mechanisms"):
         Released({"w": torch.zeros(1)}, 1.0, 2.0**-24, 0, key)

@@ -57,12 +57,12 @@ def test_infinite_epsilon_still_refuses_a_nan_delta() -> None:
 
 
 def test_unknown_unit_gets_a_suggestion() -> None:
-    with pytest.raises(InputError, match="unit 'clients' is unknown. Did you mean \"client\""):
+    with pytest.raises(InputError, match=r"unit 'clients' is unknown\. Did you mean \"client\""):
         Budget(1.0, 1e-5, "clients")  # type: ignore[arg-type]
 
 
 def test_unknown_relation_gets_a_suggestion() -> None:
-    with pytest.raises(InputError, match="relation 'replace one' is unknown. Did you mean \"replace-one\""):
+    with pytest.raises(InputError, match=r"relation 'replace one' is unknown\. Did you mean \"replace-one\""):
         Budget(1.0, 1e-5, relation="replace one")  # type: ignore[arg-type]
 
 

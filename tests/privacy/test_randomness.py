@@ -28,9 +28,7 @@ def source(request: pytest.FixtureRequest) -> RandomSource:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_normal_draws_pass_kolmogorov_smirnov_at_scale_one_only(
-    source: RandomSource, dtype: torch.dtype
-) -> None:
+def test_normal_draws_pass_kolmogorov_smirnov_at_scale_one_only(source: RandomSource, dtype: torch.dtype) -> None:
     draws = source.normal(200_001, dtype)
     assert draws.dtype is dtype
     assert draws.shape == (200_001,)
@@ -67,9 +65,7 @@ def test_no_word_makes_a_draw_that_is_not_finite(word: int, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("word", [-1, 0])
-def test_the_tail_ends_beyond_nine_standard_deviations(
-    word: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tail_ends_beyond_nine_standard_deviations(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     furthest = float(normal_from([word, 0], monkeypatch)[0])
     assert furthest == pytest.approx(math.sqrt(-2 * math.log(2.0**-64)), rel=1e-12)
     assert furthest > 9.4
@@ -226,5 +222,3 @@ def test_all_orders_of_four_are_equally_likely(source: RandomSource) -> None:
         seen[order] = seen.get(order, 0) + 1
     assert len(seen) == 24
     assert all(rate_fits(hits, n, 1 / 24) for hits in seen.values())
-
-

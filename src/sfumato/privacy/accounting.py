@@ -9,6 +9,7 @@ wrong or too coarse, and nothing is claimed.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,10 +89,10 @@ def epsilon_curve(
 @lru_cache(maxsize=4096)
 def _spending(event_json: str, delta: float) -> Spending:
     event = events.from_dict(json.loads(event_json))
-    second = _epsilon(rdp.RdpAccountant(), event, delta)
+    second = epsilon_of(rdp.RdpAccountant(), event, delta)
     first = math.inf
     for interval in _INTERVALS:
-        first = _epsilon(pld.PLDAccountant(value_discretization_interval=interval), event, delta)
+        first = epsilon_of(pld.PLDAccountant(value_discretization_interval=interval), event, delta)
         if first <= second:
             return Spending(epsilon=first, delta=delta, pld=first, rdp=second)
     raise AccountingError(
@@ -100,7 +101,14 @@ def _spending(event_json: str, delta: float) -> Spending:
     )
 
 
-def _epsilon(accountant: dp_accounting.PrivacyAccountant, event: events.Event, delta: float) -> float:
+def epsilon_of(accountant: dp_accounting.PrivacyAccountant, event: events.Event, delta: float) -> float:
+    """Return what one fresh accountant says `event` costs at `delta`.
+
+    Raises:
+        AccountingError: the accountant does not know the event, or answers with no number.
+    """
+    # dp-accounting logs every Renyi order whose series does not converge; it leaves that order out, which is safe.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         accountant.compose(event)
     except dp_accounting.UnsupportedEventError as error:

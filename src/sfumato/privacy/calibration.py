@@ -76,6 +76,6 @@ def _renyi_answer(event_of: Callable[[float], events.Event], budget: Budget) -> 
     lower, upper = _SMALLEST, _LARGEST
     while upper / lower > 1.02:
         middle = (lower * upper) ** 0.5
-        epsilon = rdp.RdpAccountant().compose(event_of(middle)).get_epsilon(budget.delta)
+        epsilon = accounting.epsilon_of(rdp.RdpAccountant(), event_of(middle), budget.delta)
         lower, upper = (lower, middle) if epsilon <= budget.epsilon else (middle, upper)
     return upper

@@ -163,7 +163,9 @@ class SharedGaussian:
             SfumatoError: the sum has a larger bound or another size than the round was opened for.
         """
         if bounded.size != self._size:
-            raise SfumatoError(f"A client's sum has {bounded.size} coordinates, the round {self._size}; use one model for all.")
+            raise SfumatoError(
+                f"A client's sum has {bounded.size} coordinates, the round {self._size}; use one model for all."
+            )
         if not bounded.norm_bound <= self._norm_bound:
             raise SfumatoError(
                 f"A client's sum is bounded by {bounded.norm_bound:g}, the round by {self._norm_bound:g}; clip to the latter."
