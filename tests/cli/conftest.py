@@ -31,7 +31,6 @@ CONFIG: dict[str, Any] = {
     "model": {"kind": "logistic"},
     "training": {"mode": "central", "learning_rate": 0.5},
 }  # fmt: skip
-FEDERATED = {"mode": "federated", "algorithm": "fedsgd", "learning_rate": 0.5}
 
 
 def toml(value: Any) -> str:

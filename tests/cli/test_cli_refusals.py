@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+from arms import FEDERATED
 
-from conftest import FEDERATED
 from sfumato import Budget, Ledger
 from sfumato.config import Experiment
 

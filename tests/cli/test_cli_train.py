@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
+from arms import FEDERATED
 
-from conftest import FEDERATED
 from sfumato import Budget, Ledger
 
 MARKING = """
