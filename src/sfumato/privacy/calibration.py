@@ -15,6 +15,8 @@ from sfumato.privacy.budget import Budget
 _RELATIVE_TOLERANCE = 1e-5
 _LARGEST = 1e6
 _SMALLEST = 1e-3
+_SEARCH_INTERVALS = (1e-3, 1e-4)
+_CLOSE = 0.999
 
 
 @dataclass(frozen=True)
@@ -41,34 +43,45 @@ def calibrate(event_of: Callable[[float], events.Event], budget: Budget) -> Cali
     if not budget.is_private:
         raise PlanError("An infinite epsilon needs no noise; there is nothing to calibrate.")
 
-    def spends(noise_multiplier: float) -> float:
-        return accounting.spending(event_of(noise_multiplier), budget.delta, budget.relation).epsilon
-
     upper = _renyi_answer(event_of, budget)
-    if spends(upper) > budget.epsilon:
+    best = Calibration(upper, accounting.spending(event_of(upper), budget.delta, budget.relation))
+    for interval in _SEARCH_INTERVALS:
+        # A coarse grid errs on the private side; the next one is tried only if too much of the budget is left.
+        found = _search(event_of, budget, upper, interval)
+        spending = accounting.spending(event_of(found), budget.delta, budget.relation)
+        if spending.epsilon <= budget.epsilon:
+            best = min(best, Calibration(found, spending), key=lambda one: one.noise_multiplier)
+        if _CLOSE * budget.epsilon <= best.spending.epsilon <= budget.epsilon:
+            break
+    if best.spending.epsilon > budget.epsilon:
         raise PlanError(f"No noise multiplier up to {_LARGEST:g} keeps {budget}; use fewer steps or a larger budget.")
-    lower = upper / 2
-    while spends(lower) <= budget.epsilon:
+    return best
+
+
+def _search(event_of: Callable[[float], events.Event], budget: Budget, upper: float, interval: float) -> float:
+    """Return the least noise multiplier that keeps the budget by a PLD on a grid of this spacing."""
+
+    def accountant() -> pld.PLDAccountant:
+        return pld.PLDAccountant(value_discretization_interval=interval)
+
+    def keeps(noise_multiplier: float) -> bool:
+        return accounting.epsilon_of(accountant(), event_of(noise_multiplier), budget.delta) <= budget.epsilon
+
+    if not keeps(upper):
+        return upper
+    lower = upper * 0.8
+    while keeps(lower):
         if lower < _SMALLEST:
             raise PlanError(
                 f"A noise multiplier below {_SMALLEST:g} would keep {budget}: such a budget protects nobody; "
                 "choose a smaller epsilon."
             )
         upper, lower = lower, lower / 2
-    found = float(
-        dp_accounting.calibrate_dp_mechanism(
-            pld.PLDAccountant,
-            event_of,
-            budget.epsilon,
-            budget.delta,
-            dp_accounting.ExplicitBracketInterval(lower, upper),
-            tol=_RELATIVE_TOLERANCE * upper,
-        )
+    bracket = dp_accounting.ExplicitBracketInterval(lower, upper)
+    tolerance = _RELATIVE_TOLERANCE * upper
+    return float(
+        dp_accounting.calibrate_dp_mechanism(accountant, event_of, budget.epsilon, budget.delta, bracket, tol=tolerance)
     )
-    # `spending` may have used a finer grid than the search; the answer is checked by what will be claimed.
-    if spends(found) > budget.epsilon:
-        found = upper
-    return Calibration(found, accounting.spending(event_of(found), budget.delta, budget.relation))
 
 
 def _renyi_answer(event_of: Callable[[float], events.Event], budget: Budget) -> float:
