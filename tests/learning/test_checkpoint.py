@@ -117,3 +117,58 @@ def test_kill_9_in_the_middle_never_forgets_a_noised_step(tmp_path: Path) -> Non
     # Every noised step has its own number: none was noised twice under one charge.
     assert len(done) == len(set(done))
     assert max(done) <= 8
+
+
+def test_a_rehearsal_that_is_resumed_stays_a_rehearsal(tmp_path: Path) -> None:
+    ledger = sf.Ledger(tmp_path / "ledger.sqlite")
+    ledger.grant("toy", sf.Budget(2.0, 1e-3))
+
+    def begin(*, resume: bool, source: sf.SeededSource | None = None) -> object:
+        model = toy_model()
+        return sf.steps(
+            model, toy_records(), toy_plan(steps=4), loss=LOSS, optimizer=sgd(model), ledger=ledger, source=source,
+            checkpoint=sf.Checkpoint(tmp_path / "run.pt", every=2, resume=resume),
+        )  # fmt: skip
+
+    seeded = begin(resume=False, source=sf.SeededSource(1))
+    next(seeded)  # type: ignore[call-overload]
+    seeded.pause()  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="repeat the noise"):
+        begin(resume=True, source=sf.SeededSource(1))
+    resumed = begin(resume=True)
+    list(resumed)  # type: ignore[call-overload]
+    assert "A rehearsal" in str(resumed.result().privacy)  # type: ignore[attr-defined]
+
+
+def test_opening_a_checkpoint_without_a_step_costs_no_draw(tmp_path: Path) -> None:
+    training = start(tmp_path, toy_model())
+    next(training)  # type: ignore[call-overload]
+    training.pause()  # type: ignore[attr-defined]
+    for _ in range(3):
+        start(tmp_path, toy_model(), resume=True)
+    assert [step.index for step in start(tmp_path, toy_model(), resume=True)] == [2, 3, 4, 5, 6, 7, 8]  # type: ignore[attr-defined]
+
+
+def test_after_a_pause_saves_and_leases_stay_in_step(tmp_path: Path) -> None:
+    training = start(tmp_path, toy_model(), every=3)
+    next(training)  # type: ignore[call-overload]
+    training.pause()  # type: ignore[attr-defined]
+    resumed = start(tmp_path, toy_model(), resume=True, every=3)
+    for _ in range(4):
+        next(resumed)  # type: ignore[call-overload]
+    # Crash at step 5: the last save is at step 4 and the lease ends at 7, so at most `every` steps are lost.
+    again = start(tmp_path, toy_model(), resume=True, every=3)
+    assert [step.index for step in again] == [8]  # type: ignore[attr-defined]
+
+
+def test_a_run_that_the_ledger_did_not_charge_for_this_plan_is_refused(tmp_path: Path) -> None:
+    training = start(tmp_path, toy_model(), every=1)
+    next(training)  # type: ignore[call-overload]
+    content = torch.load(tmp_path / "run.pt", weights_only=True)
+    torch.save(content | {"run": "0" * 32}, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="no charge for this plan"):
+        next(start(tmp_path, toy_model(), resume=True, every=1))  # type: ignore[call-overload]
+    del content["position"]
+    torch.save(content, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
+        start(tmp_path, toy_model(), resume=True, every=1)

@@ -127,14 +127,6 @@ def test_more_lost_clients_than_tolerated_void_the_round_and_its_charge_stays_sp
     assert ledger.balance("federation").spent_epsilon > 0
 
 
-def test_shared_noise_with_a_sampled_cohort_is_refused() -> None:
-    with pytest.raises(PlanError, match="reveal who was drawn"):
-        sf.federate(
-            toy_model(), toy_records(owners=12).by_owner(), toy_plan(4.0, 12, 6, 3, unit="client"),
-            algorithm=sf.FedSGD(SERVER), engine=sf.Simulation(), loss=LOSS, noise=sf.SharedNoise(),
-        )  # fmt: skip
-
-
 def test_unfit_federations_are_refused() -> None:
     with pytest.raises(InputError, match="at least one client"):
         sf.federate(toy_model(), {}, toy_plan(), algorithm=sf.FedSGD(SERVER), engine=sf.Simulation(), loss=LOSS)
@@ -156,3 +148,74 @@ def test_a_clients_error_names_client_and_step() -> None:
             nn.Linear(5, 2), toy_records().by_owner(), toy_plan(),
             algorithm=sf.FedSGD(SERVER), engine=sf.Simulation(), loss=LOSS,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", [sf.LocalNoise(), sf.SharedNoise()])
+def test_noise_that_shows_who_was_drawn_may_not_claim_a_sampled_cohort(noise: object) -> None:
+    with pytest.raises(PlanError, match="reveals who was drawn"):
+        sf.federate(
+            toy_model(), toy_records(owners=12).by_owner(), toy_plan(4.0, 12, 6, 3, unit="client"),
+            algorithm=sf.FedSGD(SERVER), engine=sf.Simulation(), loss=LOSS, noise=noise,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+class _Keeps(nn.Module):
+    """Keeps what it saw, in a buffer that is saved and in one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("hidden", torch.zeros(4), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = self.linear(x + self.hidden)
+        with torch.no_grad():
+            self.seen.copy_(x.mean(0))
+            self.hidden.copy_(100 * x.mean(0))
+        return value
+
+
+@pytest.mark.parametrize("algorithm", [sf.FedSGD(SERVER), sf.FedAvg(SERVER)])
+def test_nothing_a_model_keeps_of_a_client_reaches_the_server_or_another_client(algorithm: object) -> None:
+    records = toy_records(owners=4)
+    plan = toy_plan(4.0, 4, 4, 2, unit="client")
+    model = _Keeps()
+    sf.federate(model, records.by_owner(), plan, algorithm=algorithm, engine=sf.Simulation(), loss=LOSS)  # type: ignore[arg-type]
+    assert not bool(model.seen.any())
+    assert not bool(model.hidden.any())
+
+
+def test_a_fault_in_the_set_up_costs_nothing() -> None:
+    ledger = sf.Ledger.in_memory()
+    ledger.grant("federation", sf.Budget(5.0, 1e-2))
+    for noise, server, message in [
+        (sf.SharedNoise(tolerate=3), SERVER, "tolerate at most 2"),
+        (None, torch.optim.LBFGS, "LBFGS evaluates the loss several times"),
+    ]:
+        with pytest.raises(sf.SfumatoError, match=message):
+            sf.federate(
+                toy_model(), toy_records().by_owner(), toy_plan(), algorithm=sf.FedSGD(server),  # type: ignore[arg-type]
+                engine=sf.Simulation(), loss=LOSS, noise=noise, ledger=ledger,  # type: ignore[arg-type]
+            )  # fmt: skip
+    assert ledger.balance("federation").spent_epsilon == 0
+
+
+def test_after_a_void_round_the_next_one_can_go_on() -> None:
+    training = sf.rounds(
+        toy_model(), toy_records().by_owner(), toy_plan(), algorithm=sf.FedSGD(SERVER), loss=LOSS, noise=sf.SharedNoise(),
+        engine=sf.Simulation(drop_out=lambda step, name: step == 1 and name == "site-2"),
+    )  # fmt: skip
+    assert next(training).index == 1
+    with pytest.raises(LostClientsError):
+        next(training)
+    assert [step.index for step in training] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("noise", [sf.ServerNoise(), sf.LocalNoise()])
+def test_a_round_in_which_everybody_is_lost_releases_noise_or_nothing(noise: object) -> None:
+    result = sf.federate(
+        toy_model(), toy_records().by_owner(), toy_plan(), algorithm=sf.FedSGD(SERVER), loss=LOSS,
+        engine=sf.Simulation(drop_out=lambda step, name: step < 2), noise=noise,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert len(result.steps) == 6

@@ -27,8 +27,9 @@ def import_without_torch(source: Path) -> None:
 import_without_torch(Path(sys.argv[1]))
 
 from sfumato.errors import BudgetExhaustedError, LedgerError  # noqa: E402
+from sfumato.privacy.books import Cost  # noqa: E402
 from sfumato.privacy.budget import Budget, Relation, Unit  # noqa: E402
-from sfumato.privacy.ledger import Cost, Ledger  # noqa: E402
+from sfumato.privacy.ledger import Ledger  # noqa: E402
 
 
 def cost(epsilon: float) -> Cost:
@@ -120,7 +121,7 @@ def fork_in_a_transaction(ledger: Ledger) -> None:
     entered = threading.Event()
 
     def write() -> None:
-        with ledger._transaction(write=True):
+        with ledger._store.transaction(write=True):
             entered.set()
             time.sleep(0.2)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sfumato.errors import AccountingError, InputError
 from sfumato.privacy import accounting, events
-from sfumato.privacy.accounting import epsilon_curve, spending
+from sfumato.privacy.accounting import spending
 from sfumato.privacy.budget import Relation
 
 few = settings(max_examples=8, deadline=None)
@@ -175,10 +175,3 @@ def test_an_event_that_one_accountant_has_no_bound_for_is_refused() -> None:
     nested = events.poisson_sampled(0.1, events.poisson_sampled(0.1, events.composed([events.gaussian(1.0)])))
     with pytest.raises(AccountingError, match="no proven bound"):
         spending(nested, 1e-5)
-
-
-def test_the_curve_starts_at_zero_and_ends_at_the_whole_cost() -> None:
-    curve = epsilon_curve(lambda n: training(0.1, 1.0, n), 1e-5, [0, 5, 10])
-    assert [n for n, _ in curve] == [0, 5, 10]
-    assert curve[0][1] == 0
-    assert curve[1][1] < curve[2][1] == spending(training(0.1, 1.0, 10), 1e-5).epsilon

@@ -23,12 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.errors import BudgetExhaustedError, InputError, LedgerError
-from sfumato.privacy import ledger as module
+from sfumato.privacy import books, store
+from sfumato.privacy.books import Cost, Entry
 from sfumato.privacy.budget import Budget, Relation, Unit
-from sfumato.privacy.ledger import Charge, Cost, Entry, Ledger
+from sfumato.privacy.ledger import Charge, Ledger
 
 WORKER = Path(__file__).with_name("ledger_worker.py")
-SOURCE = Path(module.__file__).parents[1]
+SOURCE = Path(store.__file__).parents[1]
 
 
 def cost(epsilon: float, delta: float = 0.0) -> Cost:
@@ -384,14 +385,14 @@ def test_a_lease_that_cannot_be_written_allows_nothing(ledger: Ledger, monkeypat
     made = charge(ledger, draws=4, lease=1)
     made.take()
     before = ledger.history()
-    really_insert = module._insert
+    really_insert = store._insert
 
     def insert_then_fail(connection: sqlite3.Connection, entry: Entry) -> None:
         really_insert(connection, entry)
         raise sqlite3.OperationalError("disk I/O error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_insert", insert_then_fail)
+        patch.setattr(store, "_insert", insert_then_fail)
         with pytest.raises(LedgerError, match="disk I/O error"):
             made.take()
         with pytest.raises(LedgerError, match="disk I/O error"):
@@ -407,7 +408,7 @@ def test_a_pause_that_fails_still_ends_the_charge(ledger: Ledger, monkeypatch: p
         raise sqlite3.OperationalError("disk I/O error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_insert", fail)
+        patch.setattr(store, "_insert", fail)
         with pytest.raises(LedgerError, match="disk I/O error"):
             made.pause()
     with pytest.raises(LedgerError, match="paused"):
@@ -470,7 +471,7 @@ def test_an_edit_is_found(ledger: Ledger, path: Path, edit: str) -> None:
 def test_every_field_is_covered_by_an_edit() -> None:
     marks = test_an_edit_is_found.pytestmark[0].args[1]
     edited = {edit.split(" = ")[0] for edit in marks}
-    assert edited == set(module._FIELDS) - {"seq", "previous", "digest"}
+    assert edited == set(store._FIELDS) - {"seq", "previous", "digest"}
 
 
 @pytest.mark.parametrize(
@@ -533,7 +534,7 @@ def test_an_edit_of_the_last_entry_is_found_by_an_open_ledger(ledger: Ledger, pa
 
 def test_an_entry_with_a_digest_of_its_own_does_not_fit_the_chain(ledger: Ledger, path: Path) -> None:
     entry = dataclasses.replace(filled(ledger).history()[2], epsilon=0.05)
-    tamper(path, f"UPDATE entries SET epsilon = 0.05, digest = '{module._digest(entry)}' WHERE seq = 3")
+    tamper(path, f"UPDATE entries SET epsilon = 0.05, digest = '{books._digest(entry)}' WHERE seq = 3")
     for attempt in (ledger.verify, lambda: Ledger(path)):
         with pytest.raises(LedgerError, match="entry 4 does not follow"):
             attempt()
@@ -575,11 +576,11 @@ def test_an_older_copy_put_in_place_is_found_by_who_saw_more(ledger: Ledger, pat
 
 
 def test_a_chained_entry_without_sense_is_refused(ledger: Ledger, path: Path) -> None:
-    books = module._Books("x")
+    known = books.Books("x")
     with closing(sqlite3.connect(path)) as connection:
-        books.follow(connection)
-        entry = books.next_entry(kind="refund", dataset="a", cost=cost(0.1))
-        module._insert(connection, entry)
+        store._follow(connection, known)
+        entry = known.next_entry(kind="refund", dataset="a", cost=cost(0.1))
+        store._insert(connection, entry)
         connection.commit()
     with pytest.raises(LedgerError, match="entry 2 makes no sense"):
         ledger.balance("a")
@@ -638,7 +639,7 @@ def test_two_open_ledgers_see_each_other(ledger: Ledger, path: Path) -> None:
 
 
 def test_writes_are_synchronous_and_leave_one_file(ledger: Ledger, path: Path) -> None:
-    with closing(ledger._connect(create=False)) as connection:
+    with closing(ledger._store._connect(create=False)) as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -739,17 +740,17 @@ def test_a_file_that_is_busy_while_it_is_opened_is_tried_again(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two processes that create one ledger at once: SQLite does not wait, but refuses one of them at once.
-    really_prepare = Ledger._prepare
+    really_prepare = store.Store._prepare
     refusals = [sqlite3.OperationalError("database is locked") for _ in range(3)]
     for refusal in refusals:
         refusal.sqlite_errorcode = sqlite3.SQLITE_BUSY_RECOVERY
 
-    def prepare(self: Ledger, connection: sqlite3.Connection, *, create: bool) -> None:
+    def prepare(self: store.Store, connection: sqlite3.Connection, *, create: bool) -> None:
         if refusals:
             raise refusals.pop()
         really_prepare(self, connection, create=create)
 
-    monkeypatch.setattr(Ledger, "_prepare", prepare)
+    monkeypatch.setattr(store.Store, "_prepare", prepare)
     assert Ledger(path).datasets() == ["a"]
     refusals.append(sqlite3.OperationalError("disk I/O error"))
     with pytest.raises(LedgerError, match="disk I/O error"):
@@ -768,7 +769,7 @@ def test_a_read_only_ledger_is_refused(ledger: Ledger, path: Path, monkeypatch: 
     made.take()
     before = ledger.history()
     with monkeypatch.context() as patch:
-        patch.setattr(module.sqlite3, "connect", read_only)
+        patch.setattr(store.sqlite3, "connect", read_only)
         with pytest.raises(LedgerError, match=r"cannot be written .*Fix: make the file"):
             charge(ledger)
         with pytest.raises(LedgerError, match="cannot be written"):

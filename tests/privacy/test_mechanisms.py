@@ -16,9 +16,10 @@ from torch import Tensor
 import sfumato
 from sfumato.errors import BudgetExhaustedError, InputError, LostClientsError, SelfCheckError, SfumatoError
 from sfumato.privacy import events
+from sfumato.privacy.books import Cost
 from sfumato.privacy.bounded import Bounded
 from sfumato.privacy.budget import Budget, Relation, Unit
-from sfumato.privacy.ledger import Charge, Cost, Ledger
+from sfumato.privacy.ledger import Charge, Ledger
 from sfumato.privacy.mechanisms import SharedGaussian, gaussian, gaussian_each, grid_of, noise_std
 from sfumato.privacy.randomness import SecureSource, SeededSource
 
@@ -211,7 +212,7 @@ def shared(clients: int, tolerate: int, size: int = SIZE) -> SharedGaussian:
 @pytest.mark.parametrize("clients", [1, 3, 10])
 def test_the_shares_add_up_to_the_full_noise(clients: int) -> None:
     opened = shared(clients, 0)
-    released = opened.combine([opened.share(zeros(), SecureSource()) for _ in range(clients)])
+    released = opened.combine([opened.share(str(i), zeros(), SecureSource()) for i in range(clients)])
     assert only_this_scale(flat(released.value), 2.0)
     assert released.noise_std == pytest.approx(2.0, rel=1e-4)
     units = flat(released.value) / released.grid
@@ -221,7 +222,7 @@ def test_the_shares_add_up_to_the_full_noise(clients: int) -> None:
 @pytest.mark.parametrize("lost", [0, 1, 3])
 def test_the_noise_stays_whole_when_tolerated_clients_are_lost(lost: int) -> None:
     opened = shared(8, 3)
-    released = opened.combine([opened.share(zeros(), SecureSource()) for _ in range(8 - lost)])
+    released = opened.combine([opened.share(str(i), zeros(), SecureSource()) for i in range(8 - lost)])
     assert released.noise_std >= 2.0
     assert released.noise_std == pytest.approx(2.0 * math.sqrt((8 - lost) / 5), rel=1e-4)
     assert only_this_scale(flat(released.value), released.noise_std)
@@ -230,7 +231,7 @@ def test_the_noise_stays_whole_when_tolerated_clients_are_lost(lost: int) -> Non
 def test_too_many_lost_clients_stop_the_round_and_its_charge_stays_spent() -> None:
     paid = charge(2)
     opened = SharedGaussian(1.0, 8, 2.0, relation=ADD, clients=5, tolerate=2, charge=paid)
-    shares = [opened.share(zeros(8), SeededSource(i)) for i in range(2)]
+    shares = [opened.share(str(i), zeros(8), SeededSource(i)) for i in range(2)]
     with pytest.raises(LostClientsError, match="Only 2 of 5 clients answered and the noise needs 3"):
         opened.combine(shares)
     with pytest.raises(LostClientsError):
@@ -240,20 +241,20 @@ def test_too_many_lost_clients_stop_the_round_and_its_charge_stays_spent() -> No
 
 def test_one_share_carries_its_part_of_the_noise() -> None:
     opened = shared(8, 4)
-    share = opened.share(zeros(), SecureSource())
+    share = opened.share("a", zeros(), SecureSource())
     assert only_this_scale(flat(share.units) * grid_of(1.0), 2.0 / math.sqrt(4))
 
 
 def test_the_shares_add_up_to_the_sum_of_the_clients() -> None:
     opened = SharedGaussian(1.0, 2, 1e-6, relation=ADD, clients=3, tolerate=0, charge=charge())
     parts = [Bounded({"w": torch.tensor([float(i), -1.0])}, 1.0) for i in range(3)]
-    total = opened.combine([opened.share(part, SeededSource(i)) for i, part in enumerate(parts)])
+    total = opened.combine([opened.share(str(i), part, SeededSource(i)) for i, part in enumerate(parts)])
     assert total.value["w"].tolist() == pytest.approx([3.0, -3.0], abs=1e-4)
 
 
 def test_a_share_is_counted_once_and_only_in_its_own_round() -> None:
     opened, other = shared(2, 0, 8), shared(2, 0, 8)
-    mine, foreign = opened.share(zeros(8), SeededSource(0)), other.share(zeros(8), SeededSource(1))
+    mine, foreign = opened.share("a", zeros(8), SeededSource(0)), other.share("b", zeros(8), SeededSource(1))
     for shares in ([mine, mine], [mine, foreign]):
         with pytest.raises(SfumatoError, match="another round or arrived twice"):
             opened.combine(shares)
@@ -261,7 +262,7 @@ def test_a_share_is_counted_once_and_only_in_its_own_round() -> None:
 
 def test_a_round_is_combined_once() -> None:
     opened = shared(3, 1, 8)
-    shares = [opened.share(zeros(8), SeededSource(i)) for i in range(3)]
+    shares = [opened.share(str(i), zeros(8), SeededSource(i)) for i in range(3)]
     opened.combine(shares)
     with pytest.raises(SfumatoError, match="combined before"):
         opened.combine(shares[:2])
@@ -270,15 +271,15 @@ def test_a_round_is_combined_once() -> None:
 def test_more_shares_than_clients_are_refused() -> None:
     opened = shared(2, 0, 8)
     with pytest.raises(SfumatoError, match="3 shares came from 2 clients"):
-        opened.combine([opened.share(zeros(8), SeededSource(i)) for i in range(3)])
+        opened.combine([opened.share(str(i), zeros(8), SeededSource(i)) for i in range(3)])
 
 
 def test_a_client_with_a_larger_bound_or_another_size_is_refused() -> None:
     opened = shared(2, 0, 8)
     with pytest.raises(SfumatoError, match="clip to the latter"):
-        opened.share(zeros(8, bound=1.5), SeededSource(0))
+        opened.share("c", zeros(8, bound=1.5), SeededSource(0))
     with pytest.raises(SfumatoError, match="has 9 coordinates, the round 8"):
-        opened.share(zeros(9), SeededSource(0))
+        opened.share("d", zeros(9), SeededSource(0))
 
 
 @pytest.mark.parametrize(("clients", "tolerate"), [(2, 2), (2, 5), (0, 0)])
@@ -348,3 +349,15 @@ def test_no_file_but_the_mechanisms_draws_noise() -> None:
         and (calls := noise_calls(path.read_text(encoding="utf-8"), normal_allowed=path == mechanisms))
     }
     assert not found
+
+
+def test_a_client_that_shares_twice_is_refused() -> None:
+    opened = SharedGaussian(1.0, 8, 1.0, relation=ADD, clients=3, tolerate=1, charge=charge())
+    opened.share("a", zeros(8), SeededSource(0))
+    with pytest.raises(SfumatoError, match='Client "a" has shared already'):
+        opened.share("a", zeros(8), SeededSource(1))
+
+
+def test_a_noise_multiplier_beyond_exact_floats_is_refused() -> None:
+    with pytest.raises(InputError, match="such a release says nothing"):
+        gaussian(zeros(8), 1e8, relation=ADD, charge=charge(), source=SeededSource(0))

@@ -33,7 +33,7 @@ def test_the_claim_is_what_was_spent() -> None:
 def test_the_text_names_epsilon_delta_unit_relation_and_both_accountants() -> None:
     text = str(statement())
     for words in (
-        "(0.9877, 1e-05)-differentially private",
+        "(0.9877, 10⁻⁵)-differentially private",
         "for one record",
         "adding or removing one record",
         "Declared budget: epsilon 1.",

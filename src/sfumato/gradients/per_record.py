@@ -49,7 +49,9 @@ def clipped_gradient_sum(
     """Return the sum over records of min(1, clip_norm / norm) * gradient.
 
     **Guarantee**: adding or removing one record moves the sum by at most `clip_norm` in l2 norm over all trainable
-    parameters together, whatever that record holds.
+    parameters together, whatever that record holds. The rounding of the float64 sum is covered; the rounding inside the
+    model is not: float kernels may round one record differently beside others, which moves a smooth model by about
+    1e-6 of the clip norm a record, and an input that lies on the very edge of a ReLU by more.
 
     **Edge cases**
 
@@ -90,11 +92,13 @@ def clipped_gradient_sum(
         part = slice(start, start + microbatch)
         try:
             gradients = per_record(detached, features[part], targets[part])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError):
+            # torch's own message may hold values of the records, so it is not passed on.
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be run one record at a time ({str(error).splitlines()[0]}). Usual causes: a "
-                "buffer changed in forward, a decision on a tensor's value, or an input of the wrong shape."
-            ) from error
+                f"{type(model).__name__} with this loss cannot be run one record at a time. Usual causes: an input or target "
+                "of the wrong shape or range, a buffer changed in forward, or a decision on a tensor's value. Run "
+                "loss(model(features[:1]), targets[:1]) on made-up records to see torch's message."
+            ) from None
         squared = torch.stack([g.to(torch.float64).flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
         factors, broken = clip_factors(squared, clip_norm)
         nonfinite += int(broken.sum())

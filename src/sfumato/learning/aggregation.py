@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import final
 
 from sfumato import _checks
+from sfumato.errors import PlanError
 from sfumato.privacy import mechanisms
 from sfumato.privacy.bounded import Bounded, Released
 from sfumato.privacy.budget import Relation
@@ -36,9 +37,20 @@ class Aggregation(ABC):
 
     Attributes:
         trust: One sentence on who sees what before the noise, printed with every epsilon.
+        hides_cohort: Whether those against whom the promise holds cannot see which clients were drawn. Only then may a
+            sampled cohort claim amplification.
     """
 
     trust: str
+    hides_cohort: bool
+
+    def check_clients(self, count: int) -> None:
+        """Refuse, before anything is charged, a federation of `count` clients that this noise cannot serve.
+
+        Raises:
+            PlanError: names the reason and the fix.
+        """
+        _checks.count("number of clients", count)
 
     @abstractmethod
     def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:
@@ -60,6 +72,7 @@ class Aggregation(ABC):
 class ServerNoise(Aggregation):
     """The server adds the noise to the sum. Lost clients add nothing and the noise stays whole."""
 
+    hides_cohort = True
     trust = "The server is trusted: it sees each client's clipped sum before the noise is added."
 
     def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:
@@ -83,6 +96,7 @@ class SharedNoise(Aggregation):
     """
 
     tolerate: int = 0
+    hides_cohort = False
     trust = (
         "Each client adds a part of the noise to its own sum: the promise holds for everybody who sees only the total. A "
         "client's single sum carries less noise than the total, and clients can subtract the part they drew themselves."
@@ -91,13 +105,21 @@ class SharedNoise(Aggregation):
     def __post_init__(self) -> None:
         _checks.count("tolerate", self.tolerate, minimum=0)
 
+    def check_clients(self, count: int) -> None:
+        """Refuse to tolerate the loss of every client."""
+        _checks.count("number of clients", count)
+        if self.tolerate >= count:
+            raise PlanError(
+                f"SharedNoise(tolerate={self.tolerate}) would let all {count} clients be lost; tolerate at most {count - 1}."
+            )
+
     def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:
         """Return one released sum under the name "all"."""
         shared = mechanisms.SharedGaussian(
             zero.norm_bound, zero.size, noise.multiplier,
             relation=noise.relation, clients=asked, tolerate=self.tolerate, charge=noise.charge,
         )  # fmt: skip
-        return {"all": shared.combine([shared.share(part, noise.source) for part in parts.values()])}
+        return {"all": shared.combine([shared.share(name, part, noise.source) for name, part in parts.items()])}
 
 
 @final
@@ -105,6 +127,7 @@ class SharedNoise(Aggregation):
 class LocalNoise(Aggregation):
     """Every client adds the whole noise to its own sum, so that nobody is trusted and nothing is added up un-noised."""
 
+    hides_cohort = False
     trust = "Nobody is trusted: each client's sums carry their full noise before they leave it."
 
     def combine(self, parts: Mapping[str, Bounded], *, zero: Bounded, asked: int, noise: Noise) -> dict[str, Released]:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sfumato.data.records import Records
+from sfumato.errors import LostClientsError
 from sfumato.gradients.per_record import Loss
 from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.central import Central
@@ -32,7 +33,7 @@ def steps(
         model: Trained in place; it is never wrapped, and its `state_dict` keys stay as they are.
         records: The private records.
         plan: Unit "record".
-        loss: Called as loss(outputs, targets); any reduction.
+        loss: Called as loss(outputs, targets); the mean over records, or one loss for each.
         optimizer: Over the model's trainable parameters.
         ledger: Where the charge is written. None: the run is bounded by its plan but nobody remembers it.
         dataset: The data set's name in the ledger; by default the records' name.
@@ -78,7 +79,7 @@ def rounds(
         plan: Unit "record" or "client" (then its population is the number of clients).
         algorithm: `FedSGD` or `FedAvg`.
         engine: Where clients run, for example `Simulation()`.
-        loss: Called as loss(outputs, targets); any reduction.
+        loss: Called as loss(outputs, targets); the mean over records, or one loss for each.
         noise: `ServerNoise()` (default), `SharedNoise(tolerate)` or `LocalNoise()`.
         populations: Declared number of records of each client; `FedAvg` with unit "record" needs it.
         ledger: As for `steps`.
@@ -117,7 +118,7 @@ def _finish(training: Training, on_step: Callable[[Step], None] | None) -> Train
         for step in training:
             if on_step is not None:
                 on_step(step)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostClientsError):
         training.pause()
         raise
     return training.result()

@@ -14,6 +14,7 @@ import torch
 from sfumato.errors import CheckpointError
 
 _VERSION = 1
+_KEYS = {"plan", "secret", "dataset", "run", "position", "model", "procedure"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,6 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a readable checkpoint; restore it from a copy or start a new run."
         ) from error
-    if not isinstance(content, dict) or content.get("version") != _VERSION:
+    if not isinstance(content, dict) or content.get("version") != _VERSION or not set(content) >= _KEYS:
         raise CheckpointError(f"{path} is not a checkpoint of this version of sfumato; start a new run.")
     return content

@@ -14,7 +14,7 @@ from sfumato.data.sampling import FullBatch
 from sfumato.errors import PlanError
 from sfumato.gradients.clipping import clip_vector
 from sfumato.gradients.per_record import ClippedSum
-from sfumato.learning.aggregation import Aggregation, ServerNoise, SharedNoise
+from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.federated import (
     Federation,
     MakeOptimizer,
@@ -59,10 +59,13 @@ class ClientSums(Procedure):
         self._names = list(federation.clients)
         self._optimizer = server_optimizer(federation, make)
         self.aggregation = noise or ServerNoise()
-        if isinstance(self.aggregation, SharedNoise) and not isinstance(federation.plan.sampler, FullBatch):
+        self.aggregation.check_clients(len(self._names))
+        if federation.plan.is_private and not (
+            self.aggregation.hides_cohort or isinstance(federation.plan.sampler, FullBatch)
+        ):
             raise PlanError(
-                "Noise shared among a sampled cohort would reveal who was drawn; use ServerNoise, or let every client "
-                "take part in every round (batch_size equal to the number of clients)."
+                "Noise that the clients add reveals who was drawn, so sampling them may not lower the epsilon; use "
+                "ServerNoise, or let every client take part in every round (batch_size equal to the number of clients)."
             )
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
         self._draws = federation.plan.sampler.start(len(self._names), federation.source)
@@ -88,7 +91,7 @@ class ClientSums(Procedure):
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
-        if not released:  # noise of nobody: every client of the cohort adds its own, and there was none
+        if not released:  # every client was lost, and with LocalNoise nobody else adds any
             return
         total = functools.reduce(add_tensors, (release.value for release in released.values()))
         self._update(total, self._federation.plan.expected_batch)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch import Tensor
+from torch.optim import SGD
 
 from sfumato import _checks
 from sfumato.errors import PlanError
@@ -23,6 +23,7 @@ from sfumato.learning.federated import (
     Federation,
     MakeOptimizer,
     check_federation,
+    made_for,
     start_draws,
     who_is_protected,
 )
@@ -72,15 +73,16 @@ class FedAvg(Algorithm):
                     'cannot be bounded for one record afterwards. Use FedSGD for other noise, or unit "client".'
                 )
             return _LocalPrivateSteps(federation, self)
-        scratch = copy.deepcopy(federation.model)
-        return ClientSums(federation, noise, self.server, functools.partial(_update, federation, self, scratch))
+        made_for(federation.model, self.local)  # refuses an unfit optimiser before anything is charged
+        return ClientSums(federation, noise, self.server, functools.partial(_update, federation, self))
 
 
-def _update(federation: Federation, algorithm: FedAvg, scratch: nn.Module, name: str) -> Vector:
-    """Train the scratch model on one client's records; return (start - end), which points like a gradient."""
-    start = {key: parameter.detach().clone() for key, parameter in trainable(federation.model).items()}
-    scratch.load_state_dict(federation.model.state_dict())
-    optimizer = _optimizer_of(scratch, algorithm.local)
+def _update(federation: Federation, algorithm: FedAvg, name: str) -> Vector:
+    """Train a copy of the model on one client's records; return (start - end), which points like a gradient."""
+    start = trainable(federation.model)
+    # A fresh copy for each client, so that nothing the model keeps of one (a buffer, an attribute) reaches the next.
+    scratch = copy.deepcopy(federation.model)
+    optimizer = made_for(scratch, algorithm.local)
     records = federation.clients[name]
     size = min(algorithm.batch_size or len(records), len(records))
     order = torch.empty(0, dtype=torch.int64)
@@ -92,12 +94,8 @@ def _update(federation: Federation, algorithm: FedAvg, scratch: nn.Module, name:
         optimizer.zero_grad()
         mean_loss(federation.loss(scratch(features), targets)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    moved = {key: start[key] - parameter.detach() for key, parameter in trainable(scratch).items()}
+    moved = {key: start[key].detach() - parameter.detach() for key, parameter in trainable(scratch).items()}
     return Vector(moved, len(records))
-
-
-def _optimizer_of(model: nn.Module, make: MakeOptimizer) -> Optimizer:
-    return make([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 @final
@@ -110,7 +108,7 @@ class _LocalPrivateSteps(Procedure):
         self._sizes = _declared(federation)
         self._draws = start_draws(federation, {})
         self._models = {name: copy.deepcopy(federation.model) for name in federation.clients}
-        self._optimizers = {name: _optimizer_of(model, algorithm.local) for name, model in self._models.items()}
+        self._optimizers = {name: made_for(model, algorithm.local) for name, model in self._models.items()}
         self.aggregation = LocalNoise()
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
 
@@ -149,7 +147,7 @@ class _LocalPrivateSteps(Procedure):
                 parameter.copy_(torch.stack(parts).sum(0))
         for name, model in self._models.items():
             model.load_state_dict(self._federation.model.state_dict())
-            self._optimizers[name] = _optimizer_of(model, self._algorithm.local)
+            self._optimizers[name] = made_for(model, self._algorithm.local)
 
     def plain(self, step: int) -> None:
         raise PlanError("Local private steps need a private plan; this is a fault in sfumato.")

@@ -23,10 +23,10 @@ from sfumato.data.records import Records
 from sfumato.data.sampling import Shuffled
 from sfumato.errors import InputError, PlanError
 from sfumato.gradients.per_record import Loss
-from sfumato.gradients.support import check_model, trainable
+from sfumato.gradients.support import check_model
 from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.plan import Plan
-from sfumato.learning.procedure import Procedure
+from sfumato.learning.procedure import Procedure, check_optimizer
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.randomness import RandomSource
 
@@ -118,8 +118,14 @@ def who_is_protected(federation: Federation) -> tuple[str, ...]:
 
 def server_optimizer(federation: Federation, make: MakeOptimizer) -> Optimizer:
     """Return the server's optimiser over the trainable parameters."""
-    names = trainable(federation.model)
-    return make([parameter for name, parameter in federation.model.named_parameters() if name in names])
+    return made_for(federation.model, make)
+
+
+def made_for(model: nn.Module, make: MakeOptimizer) -> Optimizer:
+    """Return a checked optimiser over the trainable parameters of `model`."""
+    optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+    check_optimizer(model, optimizer)
+    return optimizer
 
 
 def start_draws(federation: Federation, states: Mapping[str, Any]) -> dict[str, Any]:

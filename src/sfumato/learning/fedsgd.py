@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.gradients.per_record import ClippedSum, clipped_gradient_sum
 from sfumato.gradients.support import trainable
@@ -50,8 +51,10 @@ class FedSGD(Algorithm):
 
 def _mean_gradient(federation: Federation, name: str) -> Vector:
     records = federation.clients[name]
-    loss = _loss_on(federation, name, torch.arange(len(records)))
-    parameters = trainable(federation.model)
+    # On a copy, so that nothing the model keeps of one client (a buffer, an attribute) reaches the server or the next one.
+    model = copy.deepcopy(federation.model)
+    loss = _loss_on(federation, model, name, torch.arange(len(records)))
+    parameters = trainable(model)
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     values = {
         key: torch.zeros_like(parameter) if gradient is None else gradient
@@ -60,9 +63,9 @@ def _mean_gradient(federation: Federation, name: str) -> Vector:
     return Vector(values, len(records))
 
 
-def _loss_on(federation: Federation, name: str, indices: Tensor) -> Tensor:
-    features, targets = batch_on(federation.model, federation.clients[name], indices)
-    return mean_loss(federation.loss(federation.model(features), targets))
+def _loss_on(federation: Federation, model: nn.Module, name: str, indices: Tensor) -> Tensor:
+    features, targets = batch_on(model, federation.clients[name], indices)
+    return mean_loss(federation.loss(model(features), targets))
 
 
 @final
@@ -76,6 +79,7 @@ class _RecordSums(Procedure):
         self._optimizer = server_optimizer(federation, make)
         self._draws = start_draws(federation, {})
         self.aggregation = noise or ServerNoise()
+        self.aggregation.check_clients(len(self._names))
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
 
     def contributions(self, step: int) -> dict[str, ClippedSum]:
@@ -97,6 +101,8 @@ class _RecordSums(Procedure):
         return self._part(self._names[0], torch.zeros(1, dtype=torch.int64)).bounded
 
     def apply(self, released: Mapping[str, Released], step: int) -> None:
+        if not released:  # every client was lost, and with LocalNoise nobody else adds any
+            return
         total = functools.reduce(add_tensors, (release.value for release in released.values()))
         set_gradients(self._federation.model, total, self._federation.plan.expected_batch)
         self._optimizer.step()
@@ -109,7 +115,8 @@ class _RecordSums(Procedure):
         self._optimizer.zero_grad()
         for name, size in answers.items():
             if size:
-                (_loss_on(self._federation, name, batches[name]) * (size / total)).backward()  # type: ignore[no-untyped-call]
+                loss = _loss_on(self._federation, self._federation.model, name, batches[name])
+                (loss * (size / total)).backward()  # type: ignore[no-untyped-call]
         if total:
             self._optimizer.step()
 

@@ -16,6 +16,7 @@ from sfumato.privacy.budget import Budget
 
 _SAMPLING = ("poisson", "shuffled", "full-batch")
 _CURVE_POINTS = 16
+_SMALLEST_CLIP = 1e-30  # its square is far above what float64 loses
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class Plan:
                     "An infinite epsilon means plain training: noise_multiplier must be 0 and clip infinite."
                 )
             return
-        _checks.positive("clip", self.clip)
+        if not _SMALLEST_CLIP <= _checks.positive("clip", self.clip) <= 1 / _SMALLEST_CLIP:
+            raise PlanError(
+                f"clip {self.clip:g} is outside [{_SMALLEST_CLIP:g}, {1 / _SMALLEST_CLIP:g}]; rescale the loss."
+            )
         _checks.positive("noise_multiplier", self.noise_multiplier)
         if not self.spending.epsilon <= self.budget.epsilon:
             raise PlanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -78,11 +79,17 @@ def add_tensors(left: Tensors, right: Tensors) -> dict[str, Tensor]:
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse an optimiser that does not hold exactly the model's trainable parameters.
+    """Refuse an optimiser that needs a closure, or does not hold exactly the model's trainable parameters.
 
     Raises:
-        UnsupportedModelError: names the first parameter that is missing or foreign.
+        UnsupportedModelError: names the optimiser, or the first parameter that is missing or foreign.
     """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UnsupportedModelError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, which a plan does not pay for; "
+            "use a first-order optimiser such as SGD or Adam."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in trainable(model).items():
         if id(parameter) not in held:

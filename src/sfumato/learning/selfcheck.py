@@ -15,39 +15,45 @@ from sfumato.errors import SelfCheckError
 from sfumato.privacy.bounded import Bounded, Released
 
 
-def check_first_step(
-    names: Iterable[str],
-    parts: Mapping[str, Bounded],
-    probe: Bounded,
-    released: Mapping[str, Released],
-    zero: Bounded,
+def check_bounded(names: Iterable[str], parts: Mapping[str, Bounded], probe: Bounded) -> None:
+    """Stop a run in which one unit's part is too large or a parameter is missing; costs no budget.
+
+    Args:
+        names: The trainable parameters.
+        parts: The sums that are to be released, by client.
+        probe: One unit's part alone, made by the same code.
+
+    Raises:
+        SelfCheckError: says which of the two failed.
+    """
+    for name in names:
+        if any(name not in part.value for part in [probe, *parts.values()]):
+            raise SelfCheckError(f'The first step does not cover the trainable parameter "{name}"; training stopped.')
+    norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in probe.value.values()))
+    if not norm <= probe.norm_bound:
+        raise SelfCheckError(f"One unit's part is above the clip norm {probe.norm_bound:g}; training stopped.")
+
+
+def check_noised(
+    names: Iterable[str], parts: Mapping[str, Bounded], released: Mapping[str, Released], zero: Bounded
 ) -> None:
-    """Stop a run whose first step is not bounded, not noised or not complete.
+    """Stop a run whose first release is not the sum plus the accounted noise.
 
     Args:
         names: The trainable parameters.
         parts: The sums that were released, by client.
-        probe: One unit's part alone.
         released: What was released: one sum of all parts under "all", or one for each part by its name.
         zero: The sum of no units.
 
     Raises:
-        SelfCheckError: says which of the three failed.
+        SelfCheckError: a parameter is missing or without noise, or the noise has another variance.
     """
-    expected = list(names)
-    for name in expected:
-        values = [probe.value, *(part.value for part in parts.values()), *(one.value for one in released.values())]
-        if any(name not in value for value in values):
-            raise SelfCheckError(f'The first step does not cover the trainable parameter "{name}"; training stopped.')
-    norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in probe.value.values()))
-    if not norm <= probe.norm_bound:
-        raise SelfCheckError(
-            f"One unit's part has norm {norm:.6g}, above the clip norm {probe.norm_bound:g}; training stopped."
-        )
+    for name in names:
+        if any(name not in release.value for release in released.values()):
+            raise SelfCheckError(f'The first release does not cover the parameter "{name}"; training stopped.')
     for key, release in released.items():
-        sources = list(parts.values()) if key == "all" else [parts[key]]
         total = zero
-        for part in sources:
+        for part in parts.values() if key == "all" else [parts[key]]:
             total = total.plus(part)
         _check_noise(total, release)
 

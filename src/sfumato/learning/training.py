@@ -11,16 +11,17 @@ from typing import Any, final
 from torch import nn
 
 from sfumato import _checks
-from sfumato.errors import CheckpointError, LedgerError, PlanError
+from sfumato.errors import CheckpointError, LedgerError, LostClientsError, PlanError
 from sfumato.gradients.support import trainable
 from sfumato.learning import checkpoint as checkpoints
 from sfumato.learning.aggregation import Noise
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import Procedure, zero_like
-from sfumato.learning.selfcheck import check_first_step
+from sfumato.learning.selfcheck import check_bounded, check_noised
 from sfumato.privacy import events
-from sfumato.privacy.ledger import Charge, Cost, Ledger
+from sfumato.privacy.books import Cost
+from sfumato.privacy.ledger import Charge, Ledger
 from sfumato.privacy.randomness import RandomSource
 from sfumato.privacy.statement import PrivacyStatement
 
@@ -102,6 +103,8 @@ class Training(Iterator[Step]):
         self._position = 0
         self._nonfinite = 0
         self._checked = False
+        self._secret = source.is_secure
+        self._saved_at = 0
         if checkpoint is not None:
             self._open_checkpoint(checkpoint)
 
@@ -121,7 +124,7 @@ class Training(Iterator[Step]):
         step = Step(self._position, self.plan.steps, spent, remaining, self.plan.noise_multiplier)
         self._steps.append(step)
         if self._checkpoint is not None and (
-            self._position % self._checkpoint.every == 0 or self._position == self.plan.steps
+            self._position - self._saved_at >= self._checkpoint.every or self._position == self.plan.steps
         ):
             self._save()
         return step
@@ -132,28 +135,39 @@ class Training(Iterator[Step]):
             self._save()
             if self._charge is not None and self._position < self.plan.steps:
                 self._charge.pause()
+                self._charge = None
 
     def result(self) -> TrainingResult:
         """Return the model and the statement of what has been charged for it."""
         return TrainingResult(self.model, self._statement(), tuple(self._steps), self._run, self._nonfinite)
 
     def _private_step(self) -> None:
+        if self._charge is None and self._run:
+            self._charge = self._go_on()
+            if self._position >= self.plan.steps:
+                return
         contributions = self._procedure.contributions(self._position)
         self._nonfinite += sum(part.nonfinite for part in contributions.values())
         parts = {name: part.bounded for name, part in contributions.items()}
+        zero = zero_like(self.model, self.plan.clip)
+        if not self._checked:
+            check_bounded(trainable(self.model), parts, self._procedure.probe())
         if self._charge is None:
             self._charge = self._pay()
             self._run = self._charge.run
         noise = Noise(self.plan.noise_multiplier, self.plan.budget.relation, self._charge, self._source)
-        zero = zero_like(self.model, self.plan.clip)
         asked = self._procedure.asked(self._position)
-        released = self._procedure.aggregation.combine(parts, zero=zero, asked=asked, noise=noise)
-        if any(release.draw != self._position for release in released.values()):
+        try:
+            released = self._procedure.aggregation.combine(parts, zero=zero, asked=asked, noise=noise)
+        except LostClientsError:
+            self._position = self._charge.position  # the void round is spent; the caller may go on with the next
+            raise
+        if self._charge.position != self._position + 1:
             raise LedgerError(
                 f"Another process is going on with run {self._charge.run}; this one stopped and what it drew was discarded."
             )
-        if not self._checked:
-            check_first_step(trainable(self.model), parts, self._procedure.probe(), released, zero)
+        if released and not self._checked:
+            check_noised(trainable(self.model), parts, released, zero)
             self._checked = True
         # Sensitive until here; what follows is post-processing.
         del contributions, parts
@@ -177,6 +191,30 @@ class Training(Iterator[Step]):
             by=self._account.by,
         )
 
+    def _go_on(self) -> Charge:
+        """Return the charge of the run in the checkpoint, behind the last draw that may have been taken."""
+        ledger, plan = self._account.ledger, self.plan
+        assert ledger is not None
+        assert self._checkpoint is not None
+        paid = next(
+            (
+                entry
+                for entry in ledger.history(self._account.dataset)
+                if (entry.run, entry.kind) == (self._run, "charge")
+            ),
+            None,
+        )
+        what_it_costs = (events.to_json(plan.event), plan.steps, plan.spending.epsilon, plan.spending.delta)
+        if paid is None or (paid.event, paid.draws, paid.epsilon, paid.delta) != what_it_costs:
+            raise CheckpointError(
+                f'The ledger has no charge for this plan under run {self._run} of data set "{self._account.dataset}"; '
+                "resume with the ledger and the checkpoint that belong together."
+            )
+        # The ledger, not the file, knows how far the run may have come: what was leased counts as drawn.
+        charge = ledger.resume(self._run, lease=self._checkpoint.every)
+        self._position = self._saved_at = charge.position
+        return charge
+
     def _open_checkpoint(self, checkpoint: Checkpoint) -> None:
         path = Path(checkpoint.path)
         _checks.count("checkpoint every", checkpoint.every)
@@ -194,7 +232,7 @@ class Training(Iterator[Step]):
                 )
             return
         content = checkpoints.read(path)
-        if content["plan"] != self.plan.fingerprint():
+        if content["plan"] != self._fingerprint():
             raise CheckpointError(
                 f"The checkpoint {path} belongs to another plan; resume with the plan it was started with."
             )
@@ -209,16 +247,19 @@ class Training(Iterator[Step]):
             raise CheckpointError(
                 f"The checkpoint {path} belongs to another model or optimiser: {str(error).splitlines()[0]}"
             ) from error
-        self._position, self._run = content["position"], content["run"]
-        if self._run and ledger is not None and self._position < self.plan.steps:
-            # The ledger, not the file, knows how far the run may have come: what was leased counts as drawn.
-            self._charge = ledger.resume(self._run, lease=checkpoint.every)
-            self._position = self._charge.position
+        if self.plan.is_private and not self._source.is_secure:
+            raise CheckpointError(
+                "A seeded source would repeat the noise that was drawn before the pause; resume with a secure source."
+            )
+        self._position = self._saved_at = content["position"]
+        self._run = content["run"]
+        self._secret = self._secret and content["secret"]
 
     def _save(self) -> None:
         assert self._checkpoint is not None
         content: dict[str, Any] = {
-            "plan": self.plan.fingerprint(),
+            "plan": self._fingerprint(),
+            "secret": self._secret,
             "dataset": self._account.dataset,
             "run": self._run,
             "position": self._position,
@@ -226,22 +267,27 @@ class Training(Iterator[Step]):
             "procedure": self._procedure.state(),
         }
         checkpoints.write(Path(self._checkpoint.path), content)
+        self._saved_at = self._position
+
+    def _fingerprint(self) -> str:
+        """Return one line that is the same only for the same plan, procedure and place of the noise."""
+        procedure = self._procedure
+        return f"{self.plan.fingerprint()} {type(procedure).__name__} {procedure.aggregation!r}"
 
     def _statement(self) -> PrivacyStatement:
         not_covered = list(self._procedure.not_covered)
         if self.plan.is_private:
-            not_covered += _always_not_covered(self._account, self._source.is_secure)
+            not_covered += _always_not_covered(self._account, self._secret)
         else:
             not_covered = ["Everything: the run was not private."]
-        return PrivacyStatement(
-            self.plan.budget, self.plan.spending, self.plan.event, tuple(not_covered), self._source.is_secure
-        )
+        return PrivacyStatement(self.plan.budget, self.plan.spending, self.plan.event, tuple(not_covered), self._secret)
 
 
 def _always_not_covered(account: Account, secure: bool) -> list[str]:
     sentences = [
         "Choices made by looking at these records before the run (model, learning rate, clip norm, number of steps).",
         "Metrics, counts or messages computed from the records without noise, and how long the run took.",
+        "Rounding inside the model: a record's gradient is taken to be the same whichever records are computed beside it.",
     ]
     if account.ledger is None or not account.ledger.is_durable:
         sentences.append("Other runs on the same records: no ledger on disk was given, so nobody adds them up.")

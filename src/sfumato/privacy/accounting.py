@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -77,13 +76,6 @@ def spending(event: events.Event, delta: float, relation: Relation = Relation.AD
     # Without sampling a Gaussian sum costs the same in both relations once its noise is scaled to that relation's
     # sensitivity, which is what the mechanism does.
     return _spending(events.to_json(event), delta)
-
-
-def epsilon_curve(
-    event_of: Callable[[int], events.Event], delta: float, steps: Sequence[int]
-) -> list[tuple[int, float]]:
-    """Return (step, epsilon after that many steps) for the given step counts; `event_of(n)` describes n steps."""
-    return [(n, spending(event_of(n), delta).epsilon if n else 0.0) for n in steps]
 
 
 @lru_cache(maxsize=4096)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from sfumato import _checks
-from sfumato.errors import LostClientsError, SelfCheckError, SfumatoError
+from sfumato.errors import InputError, LostClientsError, SelfCheckError, SfumatoError
 from sfumato.privacy.bounded import RELEASE, Bounded, Released
 from sfumato.privacy.budget import Relation
 from sfumato.privacy.ledger import Charge
 from sfumato.privacy.randomness import RandomSource
 
 _GRID_BITS = 24
+_LARGEST_MULTIPLIER = 2.0**21  # ten standard deviations then stay within 2**51 grid units, for up to 2**28 coordinates
 _EXACT = 2.0**51  # grid units: far inside what float64 adds exactly, and a thousand times any honest sum
 
 
@@ -36,7 +37,15 @@ def grid_of(norm_bound: float) -> float:
 
 
 def noise_std(bounded: Bounded, noise_multiplier: float, relation: Relation) -> float:
-    """Return the noise std for `bounded`: noise_multiplier * (sensitivity + grid * sqrt(size))."""
+    """Return the noise std for `bounded`: noise_multiplier * (sensitivity + grid * sqrt(size)).
+
+    Raises:
+        InputError: the multiplier is so large that float64 could not add noise and sum exactly.
+    """
+    if not noise_multiplier <= _LARGEST_MULTIPLIER:
+        raise InputError(
+            f"noise_multiplier {noise_multiplier:g} is above {_LARGEST_MULTIPLIER:g}; such a release says nothing."
+        )
     rounding = grid_of(bounded.norm_bound) * math.sqrt(bounded.size)
     return noise_multiplier * (bounded.sensitivity(relation) + rounding)
 
@@ -151,17 +160,21 @@ class SharedGaussian:
         self._norm_bound = norm_bound
         self._size = size
         self._combined = False
+        self._shared: set[str] = set()
         self._grid = grid_of(norm_bound)
         self._std = noise_std(probe, noise_multiplier, relation)
         # Each client rounds its own sum; only one of them holds the unit that differs, so one rounding counts.
         self._draw = charge.take()
 
-    def share(self, bounded: Bounded, source: RandomSource) -> NoisyShare:
-        """Return a client's sum with that client's part of the noise, drawn from the client's own source.
+    def share(self, client: str, bounded: Bounded, source: RandomSource) -> NoisyShare:
+        """Return the sum of `client` with that client's part of the noise, drawn from the client's own source.
 
         Raises:
-            SfumatoError: the sum has a larger bound or another size than the round was opened for.
+            SfumatoError: the client has shared already in this round, or its sum has a larger bound or another size than
+                the round was opened for.
         """
+        if client in self._shared:
+            raise SfumatoError(f'Client "{client}" has shared already in this round; each client adds one sum.')
         if bounded.size != self._size:
             raise SfumatoError(
                 f"A client's sum has {bounded.size} coordinates, the round {self._size}; use one model for all."
@@ -172,6 +185,7 @@ class SharedGaussian:
             )
         part = self._std / math.sqrt(self._needed) / self._grid
         units = {name: _add_noise(value, part, source) for name, value in _on_grid(bounded, self._grid).items()}
+        self._shared.add(client)
         return NoisyShare(self, units)
 
     def combine(self, shares: Sequence[NoisyShare]) -> Released:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NoReturn, final
@@ -40,6 +41,7 @@ class RandomSource(ABC):
 
     def __init__(self) -> None:
         self._pid = os.getpid()
+        self._lock = threading.Lock()  # the buffers below are shared by all calls
         self._stream = Cipher(algorithms.AES(self._key()), modes.CTR(bytes(16))).encryptor()
         self._zeros = memoryview(bytes(16 * _PAIRS))
         self._buffer = bytearray(16 * _PAIRS + 15)
@@ -53,27 +55,31 @@ class RandomSource(ABC):
     @final
     def words(self, count: int) -> Tensor:
         """Return `count` uniformly random 64-bit words, shape (count,), int64."""
+        self._refuse_fork()
         out = torch.empty(count, dtype=torch.int64)
-        for start in range(0, count, 2 * _PAIRS):
-            size = min(2 * _PAIRS, count - start)
-            out[start : start + size] = self._next(size)
+        with self._lock:
+            for start in range(0, count, 2 * _PAIRS):
+                size = min(2 * _PAIRS, count - start)
+                out[start : start + size] = self._next(size)
         return out
 
     @final
     def normal(self, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return `count` standard normal draws, shape (count,); computed in float64, rounded to `dtype`."""
+        self._refuse_fork()
         pairs = (count + 1) // 2
         out = torch.empty(2 * pairs, dtype=dtype)
-        for start in range(0, pairs, _PAIRS):
-            size = min(_PAIRS, pairs - start)
-            words = self._next(2 * size)
-            # (word + 1/2) / 2**63 is symmetric around 0 and never 0; its square makes the sign vanish.
-            radius = self._radius[:size].copy_(words[:size]).mul_(2.0**-63).add_(2.0**-64)
-            radius.square_().log_().neg_().sqrt_()
-            angle = self._angle[:size].copy_(words[size:]).mul_(math.pi * 2.0**-63)
-            block = out[2 * start : 2 * (start + size)]
-            block[:size].copy_(torch.cos(angle, out=self._spare[:size]).mul_(radius))
-            block[size:].copy_(angle.sin_().mul_(radius))
+        with self._lock:
+            for start in range(0, pairs, _PAIRS):
+                size = min(_PAIRS, pairs - start)
+                words = self._next(2 * size)
+                # (word + 1/2) / 2**63 is symmetric around 0 and never 0; its square makes the sign vanish.
+                radius = self._radius[:size].copy_(words[:size]).mul_(2.0**-63).add_(2.0**-64)
+                radius.square_().log_().neg_().sqrt_()
+                angle = self._angle[:size].copy_(words[size:]).mul_(math.pi * 2.0**-63)
+                block = out[2 * start : 2 * (start + size)]
+                block[:size].copy_(torch.cos(angle, out=self._spare[:size]).mul_(radius))
+                block[size:].copy_(angle.sin_().mul_(radius))
         return out[:count]
 
     @final
@@ -90,11 +96,14 @@ class RandomSource(ABC):
         """Return a uniformly random order of 0..count-1, shape (count,), int64."""
         return torch.argsort(self.words(count))
 
-    def _next(self, count: int) -> Tensor:
+    def _refuse_fork(self) -> None:
+        # Before the lock, which a thread of the parent may have held at the fork.
         if os.getpid() != self._pid:
             raise SfumatoError(
                 "A random source was carried into a forked process, which would repeat its noise; make a new source there."
             )
+
+    def _next(self, count: int) -> Tensor:
         self._stream.update_into(self._zeros[: 8 * count], self._buffer)
         return self._words[:count]
 

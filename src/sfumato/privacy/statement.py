@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sfumato._numbers import bound
 from sfumato.privacy import events
 from sfumato.privacy.accounting import Spending
 from sfumato.privacy.budget import Budget, Relation, Unit
@@ -58,15 +59,15 @@ class PrivacyStatement:
             lines = ["No privacy is promised: this run was trained without noise (epsilon is infinite)."]
         else:
             change = _RELATION_IN_WORDS[self.relation].format(unit=self.unit)
+            epsilon, delta = bound(self.epsilon), bound(self.delta)
             lines = [
-                f"The release is ({self.epsilon:.4g}, {self.delta:.3g})-differentially private for one {self.unit}:",
-                f"  {change} changes the probability of any outcome by at most a factor e^{self.epsilon:.4g},",
-                f"  except with probability {self.delta:.3g}. Declared budget: epsilon {self.budget.epsilon:g}.",
-                f"  Accountants: PLD {self.spending.pld:.4g} (the claim), RDP {self.spending.rdp:.4g} (second opinion).",
+                f"The release is ({epsilon}, {delta})-differentially private for one {self.unit}:",
+                f"  {change} changes the probability of any outcome by at most a factor e^{epsilon},",
+                f"  except with probability {delta}. Declared budget: epsilon {self.budget.epsilon:g}.",
+                f"  Accountants: PLD {bound(self.spending.pld)} (the claim), RDP {bound(self.spending.rdp)} (second opinion).",
             ]
             if not self.secret_noise:
                 lines.insert(
-                    0,
-                    "A rehearsal, not a private release: the noise came from a known seed. With secret noise:",
+                    0, "A rehearsal, not a private release: the noise came from a known seed. With secret noise:"
                 )
         return "\n".join([*lines, "  Not covered:", *(f"  - {sentence}" for sentence in self.not_covered)])

@@ -12,10 +12,10 @@ from typing import Final
 
 from jinja2 import Environment, StrictUndefined
 
+from sfumato._numbers import bound, number, percent, percent_bound
 from sfumato.errors import InputError
 from sfumato.privacy.budget import Relation, Unit
 from sfumato.report import plots
-from sfumato.report.numbers import bound, number, percent, percent_bound
 from sfumato.report.result import LedgerEntry, Privacy, Result, Run, exact_sum, write_text_atomically
 
 FILE_NAME: Final = "report.html"

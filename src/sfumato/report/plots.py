@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from sfumato.report.numbers import bound
+from sfumato._numbers import bound
 from sfumato.report.result import PRIVATE, Result, Run, Score
 
 INK: Final = "#222222"

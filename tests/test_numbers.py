@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.report.numbers import bound, number, percent, percent_bound
+from sfumato._numbers import bound, number, percent, percent_bound
 
 positive = st.floats(min_value=1e-300, max_value=1e300, allow_nan=False)
 

@@ -1,0 +1,295 @@
+"""A training run from its configuration to the three files of a finished run: model, report and result."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import nn
+from torch.nn import functional as F
+
+from sfumato import report as reports
+from sfumato._version import __version__
+from sfumato.config import Experiment
+from sfumato.data.records import Records
+from sfumato.engines.simulation import Simulation
+from sfumato.errors import BudgetExhaustedError, InputError, SfumatoError
+from sfumato.learning.aggregation import LocalNoise, ServerNoise, SharedNoise
+from sfumato.learning.api import federate, train
+from sfumato.learning.checkpoint import Checkpoint
+from sfumato.learning.fedavg import FedAvg
+from sfumato.learning.fedsgd import FedSGD
+from sfumato.learning.plan import Plan
+from sfumato.learning.training import Step, TrainingResult
+from sfumato.privacy import events
+from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.statement import PrivacyStatement
+from sfumato.report.result import Mode
+
+_UNCOVERED_ACCURACY = (
+    "The accuracy in this report: it was measured on the test records without noise and is not covered by the budget."
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run has to say: its promise, and its accuracy on the test part where there is one."""
+
+    privacy: PrivacyStatement
+    score: reports.Score | None
+
+
+def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Finished:
+    """Train as a configuration says; write model.pt, report.html and, last of all, result.json to `folder`.
+
+    Args:
+        experiment: What to train on what, and how.
+        folder: Made if it is missing; empty, unless the run is resumed.
+        resume: Whether to go on from the checkpoint in `folder`.
+
+    Raises:
+        InputError: the folder does not fit, or the configuration does not fit the records.
+        BudgetExhaustedError: the ledger that the configuration names cannot pay for the run.
+        SfumatoError: the training was refused; a folder without charge and checkpoint is taken away again.
+    """
+    _check_folder(folder, experiment, resume)
+    training, test = experiment.records()
+    chosen, model = experiment.plan(), experiment.model(training)
+    run = _runner(experiment, model, training, chosen)
+    with contextlib.ExitStack() as stack:
+        shared = _granted(experiment, chosen, resume)
+        if shared is not None:
+            stack.enter_context(shared)
+        stack.enter_context(_tidy(folder))
+        ledger = shared
+        if ledger is None and chosen.is_private:
+            ledger = stack.enter_context(Ledger(folder / "ledger.sqlite"))
+            if not ledger.has_grant(experiment.dataset):
+                ledger.grant(experiment.dataset, chosen.budget, note="exactly the budget of this run")
+        start = time.perf_counter()
+        result = run(ledger, _checkpoint(experiment, folder, resume))
+        seconds, score = time.perf_counter() - start, _score(model, test)
+        told = _result(experiment, chosen, result, ledger, score, seconds)
+        _publish(folder, model, told)
+    return Finished(result.privacy, score)
+
+
+def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
+    if resume and experiment.config.checkpoint is None:
+        raise InputError(f"{experiment.path} has no [checkpoint], so there is nothing to go on with; add one.")
+    if (folder / "result.json").exists():
+        raise InputError(f"{folder} already holds a finished run; choose another folder with --out.")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another folder with --out.")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; choose another folder with --out, or go on with --resume.")
+    if resume and not (folder / "checkpoint.pt").is_file():
+        raise InputError(f"{folder} holds no checkpoint to go on with; start without --resume.")
+
+
+def _granted(experiment: Experiment, chosen: Plan, resume: bool) -> Ledger | None:
+    """Return the ledger that the configuration names, if it can pay; the charge itself decides in the end."""
+    if experiment.ledger_path is None or not chosen.is_private:
+        return None
+    ledger = Ledger.existing(experiment.ledger_path)
+    left = ledger.balance(experiment.dataset)
+    spending = chosen.spending
+    short = spending.epsilon > left.remaining_epsilon or spending.delta > left.remaining_delta
+    if short and not resume:
+        ledger.close()
+        raise BudgetExhaustedError(
+            f'The run costs epsilon {spending.epsilon:.4g} and delta {spending.delta:.3g}, but data set "{left.dataset}" '
+            f"has only {left.remaining_epsilon:.4g} and {left.remaining_delta:.3g} left in {experiment.ledger_path}; "
+            "choose a smaller budget, or ask for a larger grant."
+        )
+    return ledger
+
+
+@contextlib.contextmanager
+def _tidy(folder: Path) -> Iterator[None]:
+    """Make the folder; if the run fails before anything was charged or saved, take it away again."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out.") from None
+    try:
+        yield
+    except BaseException:
+        if not _is_worth_keeping(folder):
+            for file in folder.glob("ledger.sqlite*"):
+                file.unlink()
+            if made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def _is_worth_keeping(folder: Path) -> bool:
+    if (folder / "checkpoint.pt").exists():
+        return True
+    if not (folder / "ledger.sqlite").exists():
+        return False
+    try:
+        with Ledger.existing(folder / "ledger.sqlite") as ledger:
+            return any(entry.kind == "charge" for entry in ledger.history())
+    except SfumatoError:
+        return True
+
+
+def _checkpoint(experiment: Experiment, folder: Path, resume: bool) -> Checkpoint | None:
+    wanted = experiment.config.checkpoint
+    return None if wanted is None else Checkpoint(folder / "checkpoint.pt", wanted.every, resume)
+
+
+def _runner(
+    experiment: Experiment, model: nn.Module, records: Records, chosen: Plan
+) -> Callable[[Ledger | None, Checkpoint | None], TrainingResult]:
+    """Check all that the run needs, and return what runs it."""
+
+    def squared(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(outputs.squeeze(-1), targets)
+
+    wanted = experiment.config.training
+    make = experiment.optimizer()
+    loss = F.cross_entropy if records.classes else squared
+    dataset, purpose = experiment.dataset, f"train {experiment.name}"
+    if wanted.mode == "central":
+
+        def central(ledger: Ledger | None, checkpoint: Checkpoint | None) -> TrainingResult:
+            with _progress(chosen) as on_step:
+                return train(
+                    model, records, chosen, loss=loss, optimizer=make(model.parameters()), ledger=ledger,
+                    dataset=dataset, purpose=purpose, checkpoint=checkpoint, on_step=on_step,
+                )  # fmt: skip
+
+        return central
+    clients = records.by_owner()
+    noises = {
+        "server": ServerNoise(), "shared": SharedNoise(tolerate=wanted.tolerate or 0), "local": LocalNoise()
+    }  # fmt: skip
+    noise = noises[wanted.noise] if wanted.noise else None
+    algorithm: FedAvg | FedSGD = FedSGD(optimizer=make)
+    if wanted.algorithm == "fedavg":
+        algorithm = FedAvg(local=make, local_steps=wanted.local_steps or 1, batch_size=wanted.local_batch_size)
+
+    def federated(ledger: Ledger | None, checkpoint: Checkpoint | None) -> TrainingResult:
+        with _progress(chosen) as on_step:
+            return federate(
+                model, clients, chosen, algorithm=algorithm, engine=Simulation(), loss=loss, noise=noise,
+                populations=experiment.config.privacy.populations, ledger=ledger, dataset=dataset, purpose=purpose,
+                checkpoint=checkpoint, on_step=on_step,
+            )  # fmt: skip
+
+    return federated
+
+
+@contextlib.contextmanager
+def _progress(chosen: Plan) -> Iterator[Callable[[Step], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=chosen.steps)
+
+        def on_step(step: Step) -> None:
+            words = "no privacy promised"
+            if math.isfinite(step.epsilon):
+                words = f"epsilon {step.epsilon:.3g} spent, {step.remaining:.3g} left"
+            progress.update(task, completed=step.index, description=words)
+
+        yield on_step
+
+
+def _score(model: nn.Module, test: Records) -> reports.Score | None:
+    if test.classes is None:
+        return None
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        right = (model(test.features).argmax(dim=1) == test.targets).double()
+    model.train(was_training)
+    per_owner = {}
+    if test.owner_codes is not None:
+        for code, owner in enumerate(test.owner_names):
+            held = test.owner_codes == code
+            if held.any():
+                per_owner[owner] = float(right[held].mean())
+    mean = float(right.mean())
+    return reports.Score(mean=mean, sd=0.0, seeds=1, values=(mean,), per_owner=per_owner)
+
+
+def _result(
+    experiment: Experiment, chosen: Plan, result: TrainingResult, ledger: Ledger | None, score: reports.Score | None,
+    seconds: float,
+) -> reports.Result:  # fmt: skip
+    wanted, said = experiment.config, result.privacy
+    privacy, curves, extract = None, None, None
+    if chosen.is_private:
+        privacy = reports.Privacy(
+            epsilon=said.epsilon, delta=said.delta, unit=said.unit, relation=said.relation,
+            noise_multiplier=chosen.noise_multiplier, clip_norm=chosen.clip, steps=chosen.steps,
+            sampling=reports.Sampling(kind=chosen.sampler.kind, rate=chosen.sampler.rate),
+            accountants=reports.Accountants(pld=said.spending.pld, rdp=said.spending.rdp),
+            event=events.to_dict(said.event),
+            not_covered=(*said.not_covered, *([_UNCOVERED_ACCURACY] if score else [])),
+        )  # fmt: skip
+        points = sorted({math.ceil(chosen.steps * part / 16) for part in range(1, 17)})
+        curve = tuple((step, chosen.epsilon_after(step)) for step in points)
+        curves = reports.Curves(epsilon_over_steps={experiment.name: curve})
+    if ledger is not None and ledger.path is not None:
+        kept = reports.LedgerEntry.model_fields
+        extract = reports.LedgerExtract(
+            path=ledger.path.name,
+            digest=ledger.digest,
+            entries=tuple(
+                reports.LedgerEntry(**{key: getattr(entry, key) for key in kept})
+                for entry in ledger.history(experiment.dataset)
+            ),
+        )
+    owners: dict[str, int | None] = dict(wanted.privacy.populations or {})
+    owners |= {name: None for name in (score.per_owner if score else ()) if name not in owners}
+    modes: dict[str, Mode] = {"central": "central", "federated": "federated"}
+    if privacy is not None:
+        modes = {"central": "central-private", "federated": "federated-private"}
+    run = reports.Run(
+        name=experiment.name,
+        mode=modes[wanted.training.mode],
+        seconds=seconds,
+        metrics=reports.Metrics(accuracy=score),
+        privacy=privacy,
+    )
+    return reports.Result(
+        runs=(run,), title=f"Training {experiment.name}", created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=__version__, dataset=reports.DatasetInfo(name=experiment.dataset, owners=owners),
+        ledger=extract, curves=curves,
+    )  # fmt: skip
+
+
+def _publish(folder: Path, model: nn.Module, result: reports.Result) -> None:
+    """Write the three files, `result.json` last: where it stands, the run is finished."""
+    content = io.BytesIO()
+    torch.save(model.state_dict(), content)
+    temporary = folder / f".model.pt.{uuid.uuid4().hex}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / "model.pt")
+    except OSError as error:
+        raise InputError(f"{folder / 'model.pt'} cannot be written ({error.strerror}); make room.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    reports.write_report(result, folder)
+    reports.write_result(result, folder / "result.json")
