@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from sfumato.errors import InputError
 
+_SHOWN = 12
+
 
 def positive(name: str, value: float, *, allow_inf: bool = False) -> float:
     """Return `value` if it is greater than zero (and finite unless `allow_inf`); else raise InputError."""
@@ -48,7 +50,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(wrong, words, n=1, cutoff=0.6)
     if close:
         return f' Did you mean "{close[0]}"?'
-    return f" Known are: {', '.join(words)}."
+    shown = ", ".join(f'"{word}"' for word in words[:_SHOWN])
+    return f" Known are: {shown}{' and others' if len(words) > _SHOWN else ''}."
 
 
 def _is_number(value: object) -> bool:

@@ -21,12 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-import sfumato
 from sfumato import _checks
+from sfumato._numbers import bound
+from sfumato._version import __version__
 from sfumato.data.records import Records
 from sfumato.data.sources import load
 from sfumato.engines.simulation import Simulation
-from sfumato.errors import SfumatoError
+from sfumato.errors import InputError, SfumatoError
 from sfumato.learning.api import federate, train
 from sfumato.learning.fedsgd import FedSGD
 from sfumato.learning.models import build
@@ -47,6 +48,9 @@ STEPS, CLIP = 30, 0.5
 PRIVATE = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
 PLAIN_STEPS = 100
 PLAIN = functools.partial(torch.optim.SGD, lr=0.3, momentum=0.9, weight_decay=0.1)
+
+_TITLE = "Four hospitals, one model, one budget"
+_FILES = ("report.html", "result.json", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm")
 
 Outcome = tuple[dict[str, float], dict[str, int], PrivacyStatement | None]
 
@@ -71,11 +75,15 @@ def run_demo(out: Path, seeds: int, console: Console) -> Path:
     _prepare(out)
     records = load("heart")
     started = time.perf_counter()
-    with Ledger(out / "ledger.sqlite") as ledger:
-        arms = list(_arms())
-        result = _study(records, arms, seeds, ledger, console)
-    write_result(result, out / "result.json")
-    report = write_report(read_result(out / "result.json"), out)
+    try:
+        with Ledger(out / "ledger.sqlite") as ledger:
+            result = _study(records, list(_arms()), seeds, ledger, console)
+        report = write_report(result, out)
+        write_result(result, out / "result.json")
+    except BaseException:
+        # These are rehearsals on public records: a ledger of half a study is of no use to anybody.
+        _clear(out)
+        raise
     _print_table(result, console)
     console.print(
         f"\n{time.perf_counter() - started:.0f} s. Report: {report}\nNumbers: {out / 'result.json'}",
@@ -128,9 +136,9 @@ def _study(records: Records, arms: list[_Arm], seeds: int, ledger: Ledger, conso
     }
     return Result.model_validate(
         {
-            "title": "Four hospitals, one model, one budget",
+            "title": _TITLE,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "version": sfumato.__version__,
+            "version": __version__,
             "machine": describe_machine(),
             "dataset": {
                 "name": "heart",
@@ -230,14 +238,28 @@ def _promise(plan: Plan) -> str:
 
 
 def _prepare(out: Path) -> None:
+    """Make the folder, or empty it of an earlier demo; a folder with anything else in it is refused."""
     try:
+        if out.exists() and any(out.iterdir()) and not _is_earlier_demo(out):
+            raise InputError(f"{out} holds files that are not an earlier demo's; choose another folder with --out.")
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("report.html", "result.json", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"):
-            (out / name).unlink(missing_ok=True)
+        _clear(out)
     except OSError as error:
         raise SfumatoError(
             f"The folder {out} cannot be used for the demo ({error.strerror}); choose another with --out."
         ) from error
+
+
+def _is_earlier_demo(out: Path) -> bool:
+    try:
+        return {path.name for path in out.iterdir()} <= set(_FILES) and read_result(out / "result.json").title == _TITLE
+    except SfumatoError:
+        return False
+
+
+def _clear(out: Path) -> None:
+    for name in _FILES:
+        (out / name).unlink(missing_ok=True)
 
 
 def _print_table(result: Result, console: Console) -> None:
@@ -247,6 +269,6 @@ def _print_table(result: Result, console: Console) -> None:
     for run in result.runs:
         score = run.metrics.accuracy
         assert score is not None
-        epsilon = "none promised" if run.privacy is None else f"{math.ceil(run.privacy.epsilon * 1e3) / 1e3:g}"
-        table.add_row(run.mode, epsilon, f"{score.mean:.3f}", f"{score.sd:.3f}")
+        epsilon = "none promised" if run.privacy is None else bound(run.privacy.epsilon)
+        table.add_row(run.mode, epsilon, f"{score.mean:.3f}", f"{score.sd:.3f}" if score.seeds > 1 else "-")
     console.print(table)

@@ -35,6 +35,10 @@ class SelfCheckError(SfumatoError):
     """The first step was not bounded, not noised or did not cover every parameter. Training stopped."""
 
 
+class DivergedError(SfumatoError):
+    """The model is no longer finite. What was charged stays spent."""
+
+
 class LostClientsError(SfumatoError):
     """Clients were lost and the round cannot be released without weakening its noise."""
 

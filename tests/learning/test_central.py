@@ -10,7 +10,7 @@ from helpers import LOSS, flat, sgd, toy_model, toy_plan, toy_records
 from torch import nn
 
 import sfumato as sf
-from sfumato.errors import BudgetExhaustedError, LedgerError, UnsupportedModelError
+from sfumato.errors import BudgetExhaustedError, DivergedError, LedgerError, UnsupportedModelError
 
 
 def test_private_training_learns_and_states_what_it_cost() -> None:
@@ -128,3 +128,10 @@ def test_records_with_nan_gradients_add_nothing_and_are_counted() -> None:
     result = sf.train(model, records, toy_plan(steps=1), loss=loss, optimizer=sgd(model))
     assert result.nonfinite == int((records.targets == 1).sum())
     assert bool(torch.isfinite(flat(model)).all())
+
+
+def test_a_training_that_diverges_stops_with_the_fix() -> None:
+    model = toy_model()
+    growing = torch.optim.SGD(model.parameters(), lr=1e8, weight_decay=1.0)
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        sf.train(model, toy_records(), toy_plan(), loss=LOSS, optimizer=growing)

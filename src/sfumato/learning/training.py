@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import nn
 
 from sfumato import _checks
-from sfumato.errors import CheckpointError, LedgerError, LostClientsError, PlanError
+from sfumato.errors import CheckpointError, DivergedError, LedgerError, LostClientsError, PlanError
 from sfumato.gradients.support import trainable
 from sfumato.learning import checkpoint as checkpoints
 from sfumato.learning.aggregation import Noise
@@ -119,6 +120,7 @@ class Training(Iterator[Step]):
         else:
             self._procedure.plain(self._position)
             self._position += 1
+        self._refuse_divergence()
         spent = self.plan.epsilon_after(self._position)
         remaining = max(0.0, self.plan.budget.epsilon - spent) if self.plan.is_private else math.inf
         step = Step(self._position, self.plan.steps, spent, remaining, self.plan.noise_multiplier)
@@ -173,6 +175,14 @@ class Training(Iterator[Step]):
         del contributions, parts
         self._procedure.apply(released, self._position)
         self._position += 1
+
+    def _refuse_divergence(self) -> None:
+        for name, parameter in trainable(self.model).items():
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise DivergedError(
+                    f'The parameter "{name}" is not finite after step {self._position}: the training diverged. What was '
+                    "charged stays spent. Fix: lower the learning rate."
+                )
 
     def _pay(self) -> Charge:
         plan, spending = self.plan, self.plan.spending

@@ -24,6 +24,7 @@ from sfumato.privacy.budget import Relation
 
 _SMALLEST_DELTA = 1e-12
 _INTERVALS = (1e-4, 1e-5)
+_LARGEST_EPSILON = 500.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def spending(event: events.Event, delta: float, relation: Relation = Relation.AD
     | replace-one with any sampling claimed | refused: the noise multiplier of such a plan is relative to 2C |
     | delta below 1e-12 | refused: floating-point convolution proves nothing there |
     | RDP below PLD | a finer grid is tried once, then refused |
+    | epsilon above 500 by RDP | refused: it protects nobody and its grid would not fit in memory |
 
     Raises:
         AccountingError: no bound can be proven (see the table), or the event is of an unknown kind.
@@ -82,6 +84,11 @@ def spending(event: events.Event, delta: float, relation: Relation = Relation.AD
 def _spending(event_json: str, delta: float) -> Spending:
     event = events.from_dict(json.loads(event_json))
     second = epsilon_of(rdp.RdpAccountant(), event, delta)
+    if _LARGEST_EPSILON < second < math.inf:
+        raise AccountingError(
+            f"This costs about epsilon {second:.4g}, which protects nobody; use more noise, fewer steps, or an infinite "
+            "epsilon for plain training."
+        )
     first = math.inf
     for interval in _INTERVALS:
         first = epsilon_of(pld.PLDAccountant(value_discretization_interval=interval), event, delta)
@@ -89,7 +96,7 @@ def _spending(event_json: str, delta: float) -> Spending:
             return Spending(epsilon=first, delta=delta, pld=first, rdp=second)
     raise AccountingError(
         f"The accountants contradict each other: PLD says epsilon {first:g}, RDP says at most {second:g}; "
-        "nothing is claimed. Use fewer steps, more noise or a larger delta."
+        "nothing is claimed. This happens where epsilon is tiny beside delta; use a larger epsilon or a smaller delta."
     )
 
 

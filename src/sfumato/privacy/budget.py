@@ -84,4 +84,5 @@ def _member(kind: type[_E], name: str, value: str) -> _E:
     try:
         return kind(value)
     except ValueError:
-        raise InputError(f"{name} {value!r} is unknown.{_checks.did_you_mean(str(value), kind)}") from None
+        choices = " or ".join(f'"{member}"' for member in kind)
+        raise InputError(f"{name} {value!r} is unknown; choose {choices}.") from None

@@ -14,6 +14,7 @@ from sfumato.privacy.budget import Budget
 
 _RELATIVE_TOLERANCE = 1e-5
 _LARGEST = 1e6
+_EPSILONS = (1e-2, 100.0)
 _SMALLEST = 1e-3
 _SEARCH_INTERVALS = (1e-3, 1e-4)
 _CLOSE = 0.999
@@ -42,6 +43,11 @@ def calibrate(event_of: Callable[[float], events.Event], budget: Budget) -> Cali
     """
     if not budget.is_private:
         raise PlanError("An infinite epsilon needs no noise; there is nothing to calibrate.")
+    if not _EPSILONS[0] <= budget.epsilon <= _EPSILONS[1]:
+        raise PlanError(
+            f"epsilon {budget.epsilon:g} is outside [{_EPSILONS[0]:g}, {_EPSILONS[1]:g}]: below, the accountants resolve "
+            "nothing; above, nobody is protected. Choose one inside, or an infinite epsilon for plain training."
+        )
 
     upper = _renyi_answer(event_of, budget)
     best = Calibration(upper, accounting.spending(event_of(upper), budget.delta, budget.relation))
