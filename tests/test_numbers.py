@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato._numbers import bound, number, percent, percent_bound
+from sfumato._numbers import bound, floor, number, percent, percent_bound
 
 positive = st.floats(min_value=1e-300, max_value=1e300, allow_nan=False)
 
@@ -24,6 +24,12 @@ def value_of(text: str) -> Decimal:
 def test_a_bound_is_never_below_the_value_and_within_a_thousandth(value: float) -> None:
     shown, exact = value_of(bound(value)), Decimal(repr(value))
     assert exact <= shown <= exact * Decimal("1.001")
+
+
+@given(positive)
+def test_a_floor_is_never_above_the_value_and_within_a_thousandth(value: float) -> None:
+    shown, exact = value_of(floor(value)), Decimal(repr(value))
+    assert exact * Decimal("0.999") <= shown <= exact
 
 
 @given(positive)
@@ -55,6 +61,13 @@ def test_a_percent_bound_is_never_below_the_share(value: float) -> None:
 )
 def test_bound_as_text(value: float, text: str) -> None:
     assert bound(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (0.1, "0.1"), (0.99999, "0.9999"), (0.86679, "0.8667"), (1e-5, "10⁻⁵")]
+)
+def test_floor_as_text(value: float, text: str) -> None:
+    assert floor(value) == text
 
 
 def test_percent_has_one_digit() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sfumato as sf
+from sfumato.config import Experiment
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -76,3 +77,13 @@ def test_both_have_the_same_numbers_in_their_table() -> None:
 def test_linked_files_exist(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", prose_of(name)):
         assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
+def test_the_configuration_in_the_readme_is_a_valid_one(tmp_path: Path) -> None:
+    (code,) = [code for language, code in blocks_of("README.md") if language == "toml"]
+    (tmp_path / "visits.toml").write_text(code, encoding="utf-8")
+    (tmp_path / "visits.csv").write_text("age,smoker,clinic,ill\n30,no,north,yes\n40,yes,south,no\n" * 6)
+    experiment = Experiment(tmp_path / "visits.toml")
+    assert experiment.plan().spending.epsilon <= 1.0
+    training, test = experiment.records()
+    assert experiment.model(training)(test.features).shape == (4, 2)

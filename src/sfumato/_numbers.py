@@ -1,8 +1,8 @@
-"""Numbers as text. What is printed as a cost is rounded up: it never reads smaller than it is."""
+"""Numbers as text. A cost is rounded up and what is left of a budget down: neither ever reads better than it is."""
 
 from __future__ import annotations
 
-from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from typing import Final
 
 _SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -13,6 +13,11 @@ _PLAIN_BELOW: Final = Decimal(1_000_000)
 def bound(value: float) -> str:
     """Return four significant digits, rounded up."""
     return _significant(value, 4, ROUND_CEILING)
+
+
+def floor(value: float) -> str:
+    """Return four significant digits, rounded down."""
+    return _significant(value, 4, ROUND_FLOOR)
 
 
 def number(value: float) -> str:

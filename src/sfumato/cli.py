@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -14,16 +19,33 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from typer.core import TyperGroup
 
+from sfumato._numbers import bound, floor
+from sfumato._version import __version__
 from sfumato.errors import InputError, SfumatoError
 from sfumato.privacy.budget import Budget, Relation, Unit
 from sfumato.privacy.ledger import Ledger
 
 _FAILED, _INTERRUPTED = 2, 130
+_STOPPED = "stopped by Ctrl-C; no result was written."
 _WIDE = 160  # columns of a table that is not read on a terminal
+# By this road, because Typer uses click's class or, in later versions, its own copy of it.
+_UsageError = cast("type[Exception]", typer.BadParameter.__base__)
 
 
 class _Commands(TyperGroup):
     """Turns every refusal into one line on stderr and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Parse the arguments, run the command and end the process."""
+        try:
+            code = super().main(*args, **(kwargs | {"standalone_mode": False}))
+        except _UsageError as error:
+            _tell_usage(error)
+            code = _FAILED
+        except (KeyboardInterrupt, typer.Abort):
+            _last_line(_STOPPED)
+            code = _INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
@@ -33,12 +55,48 @@ class _Commands(TyperGroup):
             _last_line(" ".join(str(error).split()))
             raise typer.Exit(_FAILED) from None
         except KeyboardInterrupt:
-            _last_line("stopped by Ctrl-C; no result was written.")
+            _last_line(_STOPPED)
             raise typer.Exit(_INTERRUPTED) from None
 
 
+def _tell_usage(error: Any) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        if error.format_message().strip():  # else the help is printed already
+            error.show()
+        return
+    path = error.ctx.command_path if error.ctx else "sfumato"
+    _last_line(f"{' '.join(error.format_message().split())} (see {path} --help)")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sfumato {__version__}")
+        raise typer.Exit
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while large libraries are imported.
+
+    Some of them swallow an exception that is raised in their midst, or report another in its place.
+    """
+
+    def stop(*_: object) -> NoReturn:
+        os.write(2, f"sfumato: {_STOPPED}\n".encode())
+        os._exit(_INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # somebody else decides what Ctrl-C means
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="sfumato", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Privacy-preserving machine learning: declare a budget, train, release, prove what was spent.",
 )  # fmt: skip
 ledger_app = typer.Typer(no_args_is_help=True, help="What was granted and spent on each data set.")
@@ -57,13 +115,23 @@ def main() -> None:
     app(prog_name="sfumato")
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What comes before the command."""
+
+
 @app.command()
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Runs to average over.")] = 10,
     out: Annotated[Path, typer.Option(help="The folder for the result and the report.")] = Path("runs/demo"),
 ) -> None:
     """Train on four hospitals' records, alone, pooled and federated, with and without privacy."""
-    from sfumato.demo import run_demo  # noqa: PLC0415
+    with _loading():
+        from sfumato.demo import run_demo  # noqa: PLC0415
 
     run_demo(out, seeds, _console())
 
@@ -85,7 +153,8 @@ def plan(
     budget = _budget(epsilon, delta, unit, relation)
     if not budget.is_private:
         raise InputError("An infinite epsilon needs no noise, so there is nothing to plan; choose a finite one.")
-    from sfumato.learning.plan import Plan  # noqa: PLC0415
+    with _loading():
+        from sfumato.learning.plan import Plan  # noqa: PLC0415
 
     start = time.perf_counter()
     found = Plan.calibrate(
@@ -102,11 +171,11 @@ def plan(
         typer.echo(json.dumps(answer))
         return
     typer.echo(f"Budget: {budget}; {found.steps} steps, {found.sampler.kind}, sampling rate {found.sampler.rate:.4g}.")
-    typer.echo(f"Noise multiplier: {found.noise_multiplier:.6g} (noise std over clip norm).")
-    typer.echo(f"Epsilon: {spent.pld:.4g} by PLD (the claim), {spent.rdp:.4g} by RDP (second opinion).")
+    typer.echo(f"Noise multiplier: {bound(found.noise_multiplier)} (noise std over clip norm).")
+    typer.echo(f"Epsilon: {bound(spent.pld)} by PLD (the claim), {bound(spent.rdp)} by RDP (second opinion).")
     table = Table("steps", "epsilon spent at most")
     for step in sorted({math.ceil(found.steps * part / 8) for part in range(1, 9)}):
-        table.add_row(str(step), f"{found.epsilon_after(step):.4g}")
+        table.add_row(str(step), bound(found.epsilon_after(step)))
     _console().print(table)
 
 
@@ -126,8 +195,9 @@ def grant(
     # A refused grant must not leave an empty ledger behind.
     Ledger.in_memory().grant(dataset, cap, by=by, note=note)
     with Ledger(path) as ledger:
+        before = ledger.balance(dataset).cap if ledger.has_grant(dataset) else None
         ledger.grant(dataset, cap, by=by, note=note)
-    typer.echo(f"Granted {dataset}: {cap}.")
+    typer.echo(f"Set the cap of {dataset} to {cap}{f' (it was {before})' if before else ''}.")
 
 
 @ledger_app.command()
@@ -139,8 +209,8 @@ def show(path: LedgerPath, dataset: OneDataset = None) -> None:
             have = ledger.balance(name)
             table.add_row(
                 name, ProgressBar(total=have.cap.epsilon, completed=min(have.spent_epsilon, have.cap.epsilon), width=20),
-                f"{have.spent_epsilon:.6g}", f"{have.remaining_epsilon:.6g}",
-                f"{have.spent_delta:.3g}", f"{have.remaining_delta:.3g}", str(have.cap),
+                bound(have.spent_epsilon), floor(have.remaining_epsilon),
+                bound(have.spent_delta), floor(have.remaining_delta), str(have.cap),
             )  # fmt: skip
     _console().print(table)
 
@@ -151,10 +221,13 @@ def history(path: LedgerPath, dataset: OneDataset = None) -> None:
     table = Table("no.", "time (UTC)", "what", "data set", "epsilon", "delta", "by", "purpose or note")
     with Ledger.existing(path) as ledger:
         for entry in ledger.history(dataset):
-            costs = (f"{entry.epsilon:.6g}", f"{entry.delta:.3g}") if entry.kind in ("grant", "charge") else ("", "")
+            costs = ("", "")
+            if entry.kind in ("grant", "charge"):
+                told = floor if entry.kind == "grant" else bound
+                costs = (told(entry.epsilon), told(entry.delta))
             table.add_row(
                 str(entry.seq),
-                entry.at,
+                entry.at[: len("2026-01-31T12:00:00")].replace("T", " "),
                 entry.kind,
                 entry.dataset,
                 *costs,
@@ -177,7 +250,8 @@ def verify(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A folder with a result.json.")]) -> None:
     """Write report.html from result.json."""
-    from sfumato.report import read_result, write_report  # noqa: PLC0415
+    with _loading():
+        from sfumato.report import read_result, write_report  # noqa: PLC0415
 
     typer.echo(f"Wrote {write_report(read_result(folder / 'result.json'), folder)}")
 
@@ -189,8 +263,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in that folder.")] = False,
 ) -> None:
     """Train as a configuration says; write model.pt, report.html and, last of all, result.json."""
-    from sfumato.config import Experiment  # noqa: PLC0415
-    from sfumato.runs import run_experiment  # noqa: PLC0415
+    with _loading():
+        from sfumato.config import Experiment  # noqa: PLC0415
+        from sfumato.runs import run_experiment  # noqa: PLC0415
 
     experiment = Experiment(config)
     folder = out or Path("runs") / experiment.name
@@ -208,7 +283,9 @@ def _budget(epsilon: float, delta: float, unit: str, relation: str) -> Budget:
 
 def _console() -> Console:
     console = Console(markup=False, highlight=False, emoji=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=_WIDE)
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
+        return console
+    return Console(markup=False, highlight=False, emoji=False, width=_WIDE)
 
 
 def _last_line(message: str) -> None:

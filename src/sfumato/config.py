@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import math
 import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,17 +33,39 @@ from sfumato.data.records import Records
 from sfumato.data.schema import Column, Label, Schema, validated
 from sfumato.data.sources import load
 from sfumato.data.tables import TableFormat
-from sfumato.errors import InputError
+from sfumato.errors import AccountingError, InputError
 from sfumato.learning import models
 from sfumato.learning.plan import Plan
 from sfumato.privacy.budget import Budget
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
+
+def _positive(value: float, info: ValidationInfo) -> float:
+    return _checks.positive(str(info.field_name), value, allow_inf=info.field_name == "epsilon")
+
+
+def _share(value: float, info: ValidationInfo) -> float:
+    return _checks.fraction(str(info.field_name), value, allow_zero=info.field_name == "momentum")
+
+
+def _at_least_one(value: int, info: ValidationInfo) -> int:
+    return _checks.count(str(info.field_name), value)
+
+
+def _at_least_zero(value: int, info: ValidationInfo) -> int:
+    return _checks.count(str(info.field_name), value, minimum=0)
+
+
 Paths = str | list[str] | dict[str, str]
 Number = Annotated[float, Field(strict=True)]
+Positive = Annotated[Number, AfterValidator(_positive)]
+Share = Annotated[Number, AfterValidator(_share)]
 Whole = Annotated[int, Field(strict=True)]
-Epsilon = Annotated[Number, BeforeValidator(lambda value: float("inf") if value == "inf" else value)]
+Count = Annotated[Whole, AfterValidator(_at_least_one)]
+CountOrZero = Annotated[Whole, AfterValidator(_at_least_zero)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+Epsilon = Annotated[Positive, BeforeValidator(lambda value: float("inf") if value == "inf" else value)]
 
 
 class _Section(BaseModel):
@@ -47,11 +80,11 @@ class DataSection(_Section):
     separator: str = ","
     header: bool = True
     column_names: tuple[str, ...] | None = None
-    skip_lines: Whole = 0
+    skip_lines: CountOrZero = 0
     test_path: Paths | None = None
-    test_skip_lines: Whole | None = None
-    test_fraction: Number = 0.34
-    split_seed: Whole = 0
+    test_skip_lines: CountOrZero | None = None
+    test_fraction: Share = 0.34
+    split_seed: Seed = 0
     columns: dict[str, Column] = Field(default_factory=dict)
     missing_values: tuple[Label, ...] = ("", "?")
 
@@ -63,30 +96,56 @@ class DataSection(_Section):
             raise ValueError("a builtin data set has its own columns and test part; remove columns and test_path.")
         if self.path is not None and not self.columns:
             raise ValueError("the columns of the files are not declared; add a [data.columns.NAME] for each.")
+        self.layout(self.skip_lines)
         return self
+
+    def layout(self, skip_lines: int) -> TableFormat:
+        """Return the layout of a CSV file of which `skip_lines` are left out at the top."""
+        return TableFormat(self.separator, self.header, self.column_names, skip_lines)
 
 
 class PrivacySection(_Section):
     """`[privacy]`: the promise and everything that it depends on."""
 
     epsilon: Epsilon
-    delta: Number = 0.0
+    population: Count
+    delta: Number | None = Field(default=None, validate_default=True)
     unit: str = "record"
     relation: str = "add-or-remove-one"
-    population: Whole
-    populations: dict[str, Whole] | None = None
-    batch_size: Whole
-    steps: Whole | None = None
-    epochs: Number | None = None
-    clip: Number = 1.0
+    populations: dict[str, Count] | None = None
+    batch_size: Count
+    steps: Count | None = None
+    epochs: Positive | None = None
+    clip: Positive = 1.0
     sampling: str = "poisson"
+
+    @field_validator("delta")
+    @classmethod
+    def _promised(cls, delta: float | None, info: ValidationInfo) -> float:
+        promises_nothing = math.isinf(info.data.get("epsilon", math.inf))
+        if delta is not None:
+            return _checks.fraction("delta", delta, allow_zero=promises_nothing)
+        if not promises_nothing:
+            raise ValueError(
+                "the key is missing; add it, well below one over the population, "
+                f"for example delta = {0.1 / info.data.get('population', 10_000):.0e}."
+            )
+        return 0.0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("neither steps nor epochs is given; add one of them.")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both given; remove one of them.")
+        return self
 
 
 class ModelSection(_Section):
     """`[model]`: a built-in kind, or a function that makes one."""
 
     kind: Literal["logistic", "mlp", "cnn"] | None = None
-    hidden: tuple[Whole, ...] | None = None
+    hidden: tuple[Count, ...] | None = None
     factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
 
     @model_validator(mode="after")
@@ -104,18 +163,16 @@ class TrainingSection(_Section):
     mode: Literal["central", "federated"]
     algorithm: Literal["fedsgd", "fedavg"] | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: Number
-    momentum: Number = 0.0
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    learning_rate: Positive
+    momentum: Share = 0.0
+    seed: Seed = 0
     noise: Literal["server", "shared", "local"] | None = None
-    tolerate: Whole | None = None
-    local_steps: Whole | None = None
-    local_batch_size: Whole | None = None
+    tolerate: CountOrZero | None = None
+    local_steps: Count | None = None
+    local_batch_size: Count | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        _checks.positive("learning_rate", self.learning_rate)
-        _checks.fraction("momentum", self.momentum, allow_zero=True)
         federated = {"algorithm": self.algorithm, "noise": self.noise}
         averaged = {"local_steps": self.local_steps, "local_batch_size": self.local_batch_size}
         if self.mode == "central":
@@ -141,7 +198,7 @@ class LedgerSection(_Section):
 class CheckpointSection(_Section):
     """`[checkpoint]`: save every so many steps, so that a stopped run can go on."""
 
-    every: Annotated[Whole, Field(ge=1)] = 50
+    every: Count = 50
 
 
 class Config(_Section):
@@ -153,6 +210,14 @@ class Config(_Section):
     training: TrainingSection
     ledger: LedgerSection | None = None
     checkpoint: CheckpointSection | None = None
+
+    @model_validator(mode="after")
+    def _one_curator_protects_records(self) -> Self:
+        if self.training.mode == "central" and self.privacy.unit == "client":
+            raise ValueError(
+                '[training] mode = "central" protects records; for [privacy] unit = "client" choose mode = "federated".'
+            )
+        return self
 
 
 class Experiment:
@@ -181,6 +246,14 @@ class Experiment:
         """The ledger that pays, or None if the run brings its own."""
         return self._resolve(self.config.ledger.path) if self.config.ledger else None
 
+    @contextlib.contextmanager
+    def blamed(self, section: str) -> Iterator[None]:
+        """Put the file and the section in front of every refusal from within."""
+        try:
+            yield
+        except (InputError, AccountingError) as error:
+            raise type(error)(f"{self.path}: {section} {error}") from error
+
     def plan(self) -> Plan:
         """Return the calibrated plan.
 
@@ -188,17 +261,18 @@ class Experiment:
             InputError: a number is out of range, or no noise keeps the budget.
         """
         wanted = self.config.privacy
-        # The words are checked by Budget, whose message suggests the right one.
-        budget = Budget(wanted.epsilon, wanted.delta, wanted.unit, wanted.relation)  # type: ignore[arg-type]
-        return Plan.calibrate(
-            budget,
-            population=wanted.population,
-            batch_size=wanted.batch_size,
-            steps=wanted.steps,
-            epochs=wanted.epochs,
-            clip=wanted.clip,
-            sampling=wanted.sampling,
-        )
+        with self.blamed("[privacy]"):
+            # The words are checked by Budget, whose message suggests the right one.
+            budget = Budget(wanted.epsilon, wanted.delta or 0.0, wanted.unit, wanted.relation)  # type: ignore[arg-type]
+            return Plan.calibrate(
+                budget,
+                population=wanted.population,
+                batch_size=wanted.batch_size,
+                steps=wanted.steps,
+                epochs=wanted.epochs,
+                clip=wanted.clip,
+                sampling=wanted.sampling,
+            )
 
     def records(self) -> tuple[Records, Records]:
         """Return the training part and the test part.
@@ -208,13 +282,15 @@ class Experiment:
         """
         data = self.config.data
         if data.path is None:
-            whole = load(data.builtin or "")
+            with self.blamed("[data]"):
+                whole = load(data.builtin or "")
         else:
             whole = self._table(data.path, data.skip_lines)
             if data.test_path is not None:
                 lines = data.skip_lines if data.test_skip_lines is None else data.test_skip_lines
                 return whole, self._table(data.test_path, lines)
-        test, training = whole.split(data.test_fraction, seed=data.split_seed)
+        with self.blamed("[data] test_fraction:"):
+            test, training = whole.split(data.test_fraction, seed=data.split_seed)
         return training, test
 
     def model(self, records: Records) -> nn.Module:
@@ -229,7 +305,8 @@ class Experiment:
         with torch.random.fork_rng():
             torch.manual_seed(self.config.training.seed)
             if wanted.kind is not None:
-                return models.build(wanted.kind, shape, outputs, wanted.hidden)
+                with self.blamed("[model]"):
+                    return models.build(wanted.kind, shape, outputs, wanted.hidden)
             return self._from_factory(wanted.factory or "", shape, outputs)
 
     def optimizer(self) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
@@ -254,8 +331,7 @@ class Experiment:
         listed = [found] if isinstance(found, Path) else found.values() if isinstance(found, dict) else found
         if listed and all(path.suffix == ".parquet" for path in listed):
             return Records.from_parquet(found, schema, name=self.dataset)
-        layout = TableFormat(data.separator, data.header, data.column_names, skip_lines)
-        return Records.from_csv(found, schema, format=layout, name=self.dataset)
+        return Records.from_csv(found, schema, format=data.layout(skip_lines), name=self.dataset)
 
     def _resolve(self, text: str) -> Path:
         def value(match: re.Match[str]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import json
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 from torch.nn import functional as F
 
+from sfumato import _checks
 from sfumato import report as reports
+from sfumato._numbers import bound, floor
 from sfumato._version import __version__
 from sfumato.config import Experiment
 from sfumato.data.records import Records
+from sfumato.data.schema import validated
 from sfumato.engines.simulation import Simulation
 from sfumato.errors import BudgetExhaustedError, InputError, SfumatoError
 from sfumato.learning.aggregation import LocalNoise, ServerNoise, SharedNoise
@@ -32,11 +37,16 @@ from sfumato.learning.fedavg import FedAvg
 from sfumato.learning.fedsgd import FedSGD
 from sfumato.learning.plan import Plan
 from sfumato.learning.training import Step, TrainingResult
-from sfumato.privacy import events
+from sfumato.privacy.budget import Unit
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.statement import PrivacyStatement
-from sfumato.report.result import Mode
+from sfumato.report.describe import describe_machine, ledger_extract, privacy_of, score_of
+from sfumato.report.result import PRIVATE
 
+_OWN_LEDGER = (
+    "Other runs on the same records: this run brought its own ledger, so nobody adds them up. "
+    "Name a shared one in [ledger]."
+)
 _UNCOVERED_ACCURACY = (
     "The accuracy in this report: it was measured on the test records without noise and is not covered by the budget."
 )
@@ -78,11 +88,13 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Fin
             if not ledger.has_grant(experiment.dataset):
                 ledger.grant(experiment.dataset, chosen.budget, note="exactly the budget of this run")
         start = time.perf_counter()
-        result = run(ledger, _checkpoint(experiment, folder, resume))
+        with experiment.blamed("the run was refused:"):
+            said = run(ledger, _checkpoint(experiment, folder, resume)).privacy
+        if chosen.is_private and shared is None:
+            said = dataclasses.replace(said, not_covered=(*said.not_covered, _OWN_LEDGER))
         seconds, score = time.perf_counter() - start, _score(model, test)
-        told = _result(experiment, chosen, result, ledger, score, seconds)
-        _publish(folder, model, told)
-    return Finished(result.privacy, score)
+        _publish(folder, model, _result(experiment, chosen, said, ledger, score, seconds))
+    return Finished(said, score)
 
 
 def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
@@ -109,8 +121,9 @@ def _granted(experiment: Experiment, chosen: Plan, resume: bool) -> Ledger | Non
     if short and not resume:
         ledger.close()
         raise BudgetExhaustedError(
-            f'The run costs epsilon {spending.epsilon:.4g} and delta {spending.delta:.3g}, but data set "{left.dataset}" '
-            f"has only {left.remaining_epsilon:.4g} and {left.remaining_delta:.3g} left in {experiment.ledger_path}; "
+            f"The run costs epsilon {bound(spending.epsilon)} and delta {bound(spending.delta)}, but data set "
+            f'"{left.dataset}" has only {floor(left.remaining_epsilon)} and {floor(left.remaining_delta)} left in '
+            f"{experiment.ledger_path}; "
             "choose a smaller budget, or ask for a larger grant."
         )
     return ledger
@@ -175,7 +188,9 @@ def _runner(
                 )  # fmt: skip
 
         return central
-    clients = records.by_owner()
+    with experiment.blamed("[data]"):
+        clients = records.by_owner()
+    _check_populations(experiment, chosen, clients)
     noises = {
         "server": ServerNoise(), "shared": SharedNoise(tolerate=wanted.tolerate or 0), "local": LocalNoise()
     }  # fmt: skip
@@ -195,6 +210,24 @@ def _runner(
     return federated
 
 
+def _check_populations(experiment: Experiment, chosen: Plan, clients: Iterable[str]) -> None:
+    """Refuse populations of clients that there are not, and, where each client's is needed, a missing one."""
+    declared = experiment.config.privacy.populations or {}
+    names, where = [*clients], f"{experiment.path}: [privacy.populations]"
+    for name in declared:
+        if name not in names:
+            raise InputError(
+                f'{where} names "{name}", which is no owner in the data.{_checks.did_you_mean(name, names)}'
+            )
+    by_records = chosen.is_private and chosen.budget.unit is Unit.RECORD
+    missing = [name for name in names if name not in declared]
+    if missing and by_records and experiment.config.training.algorithm == "fedavg":
+        raise InputError(
+            f"{where} has no entry for {', '.join(missing)}: fedavg that protects records divides each client's sums by "
+            f"its public size; add a line such as {json.dumps(missing[0], ensure_ascii=False)} = 100 for each."
+        )
+
+
 @contextlib.contextmanager
 def _progress(chosen: Plan) -> Iterator[Callable[[Step], None]]:
     console = Console(stderr=True)
@@ -205,7 +238,7 @@ def _progress(chosen: Plan) -> Iterator[Callable[[Step], None]]:
         def on_step(step: Step) -> None:
             words = "no privacy promised"
             if math.isfinite(step.epsilon):
-                words = f"epsilon {step.epsilon:.3g} spent, {step.remaining:.3g} left"
+                words = f"epsilon {bound(step.epsilon)} spent, {floor(step.remaining)} left"
             progress.update(task, completed=step.index, description=words)
 
         yield on_step
@@ -225,55 +258,38 @@ def _score(model: nn.Module, test: Records) -> reports.Score | None:
             held = test.owner_codes == code
             if held.any():
                 per_owner[owner] = float(right[held].mean())
-    mean = float(right.mean())
-    return reports.Score(mean=mean, sd=0.0, seeds=1, values=(mean,), per_owner=per_owner)
+    return reports.Score.model_validate(score_of([float(right.mean())], per_owner))
 
 
 def _result(
-    experiment: Experiment, chosen: Plan, result: TrainingResult, ledger: Ledger | None, score: reports.Score | None,
+    experiment: Experiment, chosen: Plan, said: PrivacyStatement, ledger: Ledger | None, score: reports.Score | None,
     seconds: float,
 ) -> reports.Result:  # fmt: skip
-    wanted, said = experiment.config, result.privacy
-    privacy, curves, extract = None, None, None
+    privacy, curves = None, None
     if chosen.is_private:
-        privacy = reports.Privacy(
-            epsilon=said.epsilon, delta=said.delta, unit=said.unit, relation=said.relation,
-            noise_multiplier=chosen.noise_multiplier, clip_norm=chosen.clip, steps=chosen.steps,
-            sampling=reports.Sampling(kind=chosen.sampler.kind, rate=chosen.sampler.rate),
-            accountants=reports.Accountants(pld=said.spending.pld, rdp=said.spending.rdp),
-            event=events.to_dict(said.event),
-            not_covered=(*said.not_covered, *([_UNCOVERED_ACCURACY] if score else [])),
-        )  # fmt: skip
+        privacy = privacy_of(chosen, said, [_UNCOVERED_ACCURACY] if score else [])
         points = sorted({math.ceil(chosen.steps * part / 16) for part in range(1, 17)})
-        curve = tuple((step, chosen.epsilon_after(step)) for step in points)
-        curves = reports.Curves(epsilon_over_steps={experiment.name: curve})
-    if ledger is not None and ledger.path is not None:
-        kept = reports.LedgerEntry.model_fields
-        extract = reports.LedgerExtract(
-            path=ledger.path.name,
-            digest=ledger.digest,
-            entries=tuple(
-                reports.LedgerEntry(**{key: getattr(entry, key) for key in kept})
-                for entry in ledger.history(experiment.dataset)
-            ),
-        )
-    owners: dict[str, int | None] = dict(wanted.privacy.populations or {})
-    owners |= {name: None for name in (score.per_owner if score else ()) if name not in owners}
-    modes: dict[str, Mode] = {"central": "central", "federated": "federated"}
-    if privacy is not None:
-        modes = {"central": "central-private", "federated": "federated-private"}
-    run = reports.Run(
-        name=experiment.name,
-        mode=modes[wanted.training.mode],
-        seconds=seconds,
-        metrics=reports.Metrics(accuracy=score),
-        privacy=privacy,
-    )
-    return reports.Result(
-        runs=(run,), title=f"Training {experiment.name}", created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__, dataset=reports.DatasetInfo(name=experiment.dataset, owners=owners),
-        ledger=extract, curves=curves,
-    )  # fmt: skip
+        curves = {"epsilon_over_steps": {experiment.name: [(step, chosen.epsilon_after(step)) for step in points]}}
+    owners: dict[str, int | None] = dict.fromkeys(score.per_owner if score else ())
+    content = {
+        "title": f"Training {experiment.name}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "machine": describe_machine(),
+        "dataset": {"name": experiment.dataset, "owners": owners | (experiment.config.privacy.populations or {})},
+        "runs": [
+            {
+                "name": experiment.name,
+                "mode": experiment.config.training.mode + (PRIVATE if chosen.is_private else ""),
+                "seconds": seconds,
+                "metrics": {"accuracy": score},
+                "privacy": privacy,
+            }
+        ],
+        "ledger": None if ledger is None else ledger_extract(ledger, experiment.dataset),
+        "curves": curves,
+    }
+    return validated(reports.Result, content, f"The result of {experiment.path}")
 
 
 def _publish(folder: Path, model: nn.Module, result: reports.Result) -> None:

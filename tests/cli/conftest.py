@@ -57,8 +57,10 @@ class Study:
 
     def write(self) -> None:
         (self.folder / "clinics.csv").write_text("\n".join(self.rows))
-        sections = [(name, section) for name, section in self.config.items()]
-        lines = [
+        plain = [(name, value) for name, value in self.config.items() if not isinstance(value, dict)]
+        sections = [(name, value) for name, value in self.config.items() if isinstance(value, dict)]
+        lines = [f"{name} = {toml(value)}" for name, value in plain]
+        lines += [
             f"[{name}]\n" + "".join(f"{key} = {toml(value)}\n" for key, value in section.items())
             for name, section in sections
         ]

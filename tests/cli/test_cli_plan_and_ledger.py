@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 
 import pytest
+
+from sfumato import Budget, Ledger, Relation, Unit
+from sfumato.privacy.books import Cost
 
 PLAN = ["plan", "--epsilon", "2", "--delta", "1e-5", "--population", "1000", "--batch-size", "100"]
 CAP = ["--epsilon", "2", "--delta", "1e-5"]
@@ -47,7 +51,7 @@ def test_plan_for_people_lists_the_steps(command):
         (["--delta", "0.01"], "1/1000"),
         (["--delta", "nan"], "delta"),
         (["--sampling", "poison"], "poisson"),
-        (["--unit", "recrd"], 'Did you mean "record"?'),
+        (["--unit", "recrd"], 'choose "record" or "client"'),
         (["--batch-size", "1001"], "batch_size"),
         (["--epochs", "1"], "only one"),
     ],
@@ -60,6 +64,7 @@ def test_grant_show_history_and_verify_agree(command, tmp_path):
     path = str(tmp_path / "ledger.sqlite")
     granted = command("ledger", "grant", path, "heart", *CAP, "--by", "ada", "--note", "first study")
     assert granted.exit_code == 0, granted.output
+    assert granted.stdout == "Set the cap of heart to (2, 1e-05) per record, add-or-remove-one.\n"
     command("ledger", "grant", path, "lungs", "--epsilon", "5", "--delta", "1e-6", "--unit", "client")
     shown = command("ledger", "show", path).stdout
     assert "heart" in shown
@@ -70,9 +75,55 @@ def test_grant_show_history_and_verify_agree(command, tmp_path):
     assert "ada" in told
     assert "first study" in told
     assert "lungs" not in told
+    (line,) = [line for line in told.splitlines() if "ada" in line]
+    assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line.replace("│", " ")), line
     digest = command("ledger", "verify", path).stdout.split()[-1]
     assert len(digest) == 64
     assert command("ledger", "verify", path, "--digest", digest).exit_code == 0
+
+
+def test_a_second_grant_tells_what_the_cap_was(command, tmp_path):
+    path = str(tmp_path / "ledger.sqlite")
+    command("ledger", "grant", path, "oncology", *CAP)
+    told = command("ledger", "grant", path, "oncology", "--epsilon", "4", "--delta", "1e-5").stdout
+    assert told == (
+        "Set the cap of oncology to (4, 1e-05) per record, add-or-remove-one "
+        "(it was (2, 1e-05) per record, add-or-remove-one).\n"
+    )
+
+
+def test_what_is_spent_is_rounded_up_and_what_is_left_down(command, tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.grant("heart", Budget(2.0, 1e-2))
+        cost = Cost(1.000012, 1.00001e-3, Unit.RECORD, Relation.ADD_OR_REMOVE_ONE)
+        ledger.charge("heart", purpose="one", event="{}", cost=cost, draws=1)
+    shown = command("ledger", "show", str(path)).stdout
+    for text in ("1.001", "0.9999", "0.001001", "0.008999"):
+        assert f" {text} " in shown
+    charged = [line for line in command("ledger", "history", str(path)).stdout.splitlines() if "charge" in line]
+    assert " 1.001 " in charged[0]
+    assert " 0.001001 " in charged[0]
+
+
+def test_no_printed_cost_of_a_plan_is_below_the_exact_one(command):
+    exact = json.loads(command(*PLAN, "--steps", "20", "--json").stdout)
+    told = command(*PLAN, "--steps", "20").stdout
+    numbers = re.search(r"Epsilon: (\S+) by PLD \(the claim\), (\S+) by RDP", told)
+    pld, rdp = map(float, numbers.groups())
+    assert exact["accountants"]["pld"] <= pld <= exact["accountants"]["pld"] * 1.001
+    assert exact["accountants"]["rdp"] <= rdp <= exact["accountants"]["rdp"] * 1.001
+    last = float(told.splitlines()[-2].split("│")[2])
+    assert exact["epsilon"] <= last <= exact["epsilon"] * 1.001
+
+
+def test_tables_are_as_wide_as_columns_says(command, tmp_path, monkeypatch):
+    path = str(tmp_path / "ledger.sqlite")
+    command("ledger", "grant", path, "heart", *CAP, "--note", "first study")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert max(map(len, command("ledger", "history", path).stdout.splitlines())) > 80
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, command("ledger", "history", path).stdout.splitlines())) == 60
 
 
 def test_verify_refuses_a_foreign_digest_and_a_changed_entry(command, refused, tmp_path):

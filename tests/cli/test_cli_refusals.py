@@ -62,6 +62,15 @@ def ungranted(study):
     study.config["ledger"] = {"path": "l.db", "dataset": "clinic"}
 
 
+def both(*changes):
+    return lambda study: [change(study) for change in changes]
+
+
+def semicolons(study):
+    study.rows = [row.replace(",", ";") for row in study.rows]
+
+
+AVERAGED = FEDERATED | {"algorithm": "fedavg"}
 COLUMNS = ("data", "columns")
 BAD = {
     "misspelt key": (put("privacy", "epsilom", value=1), 'Did you mean "epsilon"?'),
@@ -70,6 +79,7 @@ BAD = {
     "missing key": (drop("privacy", "population"), "population"),
     "missing column": (put(*COLUMNS, "weight", value={"kind": "numeric", "low": 0, "high": 9}), "weight"),
     "undeclared column": (drop(*COLUMNS, "smoker"), "smoker"),
+    "text for a number": (row("old,no,north,no"), "row 82, column \"age\": 'old' is not a number"),
     "NaN": (row("nan,no,north,no"), "age"),
     "missing value": (row(",no,north,no"), "age"),
     "out of bounds": (row("101,no,north,no"), "age"),
@@ -81,18 +91,58 @@ BAD = {
     "no file": (put("data", "path", value="none.csv"), "none.csv"),
     "unset variable": (put("data", "path", value="${SFUMATO_NOT_SET}/a.csv"), "SFUMATO_NOT_SET"),
     "two sources": (put("data", "builtin", value="heart"), "builtin"),
-    "epsilon 0": (put("privacy", "epsilon", value=0), "epsilon"),
+    "epsilon 0": (put("privacy", "epsilon", value=0), 'study.toml: key "privacy.epsilon": epsilon must be a number above 0'),
     "epsilon a word": (put("privacy", "epsilon", value="one"), "epsilon"),
     "epsilon true": (put("privacy", "epsilon", value=True), "epsilon"),
     "delta too large": (put("privacy", "delta", value=0.1), "1/60"),
     "clip 0": (put("privacy", "clip", value=0), "clip"),
-    "steps and epochs": (put("privacy", "epochs", value=1), "only one"),
+    "epsilon below what is resolved": (put("privacy", "epsilon", value=1e-5), "study.toml: [privacy] epsilon"),
+    "delta missing": (drop("privacy", "delta"), 'key "privacy.delta": the key is missing; add it'),
+    "delta 1": (put("privacy", "delta", value=1), "privacy.delta"),
+    "steps and epochs": (put("privacy", "epochs", value=1), "both given; remove one"),
+    "no steps": (drop("privacy", "steps"), "neither steps nor epochs is given; add one"),
+    "steps 1.5": (put("privacy", "steps", value=1.5), "privacy.steps"),
+    "epochs 0": (both(drop("privacy", "steps"), put("privacy", "epochs", value=0)), "epochs must be"),
+    "unknown unit": (put("privacy", "unit", value="recrd"), 'study.toml: [privacy] unit \'recrd\' is unknown'),
+    "unknown sampling": (put("privacy", "sampling", value="poison"), 'Did you mean "poisson"?'),
+    "no table": (put("privacy", value=3), "must be a table of keys and values, not 3"),
+    "path a number": (put("data", "path", value=3), 'key "data.path": '),
+    "unknown set": (put("data", value={"builtin": "hart"}), 'study.toml: [data] There is no data set "hart"'),
+    "test part above all": (put("data", "test_fraction", value=1.5), "test_fraction must lie in (0, 1), not 1.5"),
+    "test part too small": (put("data", "test_fraction", value=1e-4), "study.toml: [data] test_fraction"),
+    "two separators": (put("data", "separator", value=",,"), 'study.toml: key "data": separator'),
+    "semicolons": (semicolons, 'set separator = ";"'),
+    "seed -1": (put("training", "seed", value=-1), "training.seed"),
+    "split seed -1": (put("data", "split_seed", value=-1), "data.split_seed"),
+    "misspelt mode": (put("training", "mode", value="centrl"), 'Did you mean "central"?'),
+    "learning rate a word": (put("training", "learning_rate", value="fast"), "training.learning_rate"),
+    "hidden 0": (put("model", value={"kind": "mlp", "hidden": [0]}), "model.hidden[0]"),
+    "owner without records": (
+        both(put(*COLUMNS, "clinic", "values", value=["north", "south", "east"]), put("training", value=FEDERATED)),
+        'study.toml: [data] study: the declared owner "east" has no records',
+    ),
+    "no owners": (
+        both(put(*COLUMNS, "clinic", value={"kind": "ignore"}), put("training", value=FEDERATED)),
+        "study.toml: [data] study: the records have no owners",
+    ),
+    "every client lost": (
+        put("training", value=FEDERATED | {"noise": "shared", "tolerate": 2}), "study.toml: the run was refused: "
+    ),
+    "populations missing": (put("training", value=AVERAGED), "study.toml: [privacy.populations] has no entry for north"),
+    "one population missing": (
+        both(put("privacy", "populations", value={"north": 30}), put("training", value=AVERAGED)),
+        "[privacy.populations] has no entry for south",
+    ),
+    "misspelt population": (
+        both(put("privacy", "populations", value={"north": 30, "suoth": 30}), put("training", value=AVERAGED)),
+        'Did you mean "south"?',
+    ),
     "batch above population": (put("privacy", "batch_size", value=61), "batch_size"),
     "learning rate 0": (put("training", "learning_rate", value=0), "learning_rate"),
     "noise for one curator": (put("training", "noise", value="local"), 'mode = "federated"'),
     "no algorithm": (put("training", value={"mode": "federated", "learning_rate": 1}), "algorithm"),
     "tolerate alone": (put("training", value=FEDERATED | {"tolerate": 1}), 'noise = "shared"'),
-    "clients of one curator": (put("privacy", "unit", value="client"), "federate"),
+    "clients of one curator": (put("privacy", "unit", value="client"), 'choose mode = "federated"'),
     "hidden layers of a line": (put("model", "hidden", value=[3]), "hidden"),
     "cnn on a table": (put("model", "kind", value="cnn"), "cnn"),
     "unknown factory": (put("model", value={"factory": "no_such_module:make"}), "no_such_module"),
@@ -116,6 +166,18 @@ def test_toml_numbers_that_are_none_are_refused(study, refused, command, word):
     study.path.write_text(study.path.read_text().replace("epsilon = 2.0", f"epsilon = {word}"))
     assert "epsilon" in refused(command("train", str(study.path), "--out", str(study.out)))
     assert not study.out.exists()
+
+
+def test_a_value_outside_its_bounds_counts_as_the_bound_where_the_schema_says_so(study):
+    study.rows.append("101,no,north,yes")
+    study.config["data"]["columns"]["age"]["clamp"] = True
+    assert study.train().exit_code == 0
+
+
+def test_without_a_promise_delta_may_be_left_out(study):
+    study.config["privacy"]["epsilon"] = "inf"
+    del study.config["privacy"]["delta"]
+    assert study.train().exit_code == 0
 
 
 def test_the_untouched_study_is_sound(study):

@@ -37,6 +37,9 @@ def make(shape, outputs):
 """
 
 
+OWN_LEDGER = "Other runs on the same records: this run brought its own ledger, so nobody adds them up."
+
+
 def files(folder):
     return {path.name for path in folder.iterdir()}
 
@@ -57,6 +60,11 @@ def test_a_private_run_leaves_model_report_and_result(study, command, training, 
     assert "not covered by the budget" in done.stdout
     weights = torch.load(study.out / "model.pt", weights_only=True)
     assert {tuple(tensor.shape) for tensor in weights.values()} == {(2, 3), (2,)}
+    alone = f"{OWN_LEDGER} Name a shared one in [ledger]."
+    assert alone in run["privacy"]["not_covered"]
+    assert f"  - {alone}\n" in done.stdout
+    assert OWN_LEDGER in (study.out / "report.html").read_text()
+    assert run["metrics"]["accuracy"]["seeds"] == 1
     with Ledger.existing(study.out / "ledger.sqlite") as ledger:
         assert ledger.digest == study.result()["ledger"]["digest"]
         assert ledger.balance("study").spent_epsilon == pytest.approx(run["privacy"]["epsilon"])
@@ -114,8 +122,15 @@ def test_a_shared_ledger_is_charged_and_keeps_the_grant(study, refused):
     with Ledger(study.folder / "shared.db") as ledger:
         ledger.grant("clinics", Budget(3.0, 1e-3))
     study.config["ledger"] = {"path": "shared.db", "dataset": "clinics"}
-    assert study.train().exit_code == 0
+    with Ledger(study.folder / "shared.db") as ledger:
+        ledger.grant("somebody else's", Budget(3.0, 1e-3))
+    done = study.train()
+    assert done.exit_code == 0, done.output
+    assert OWN_LEDGER not in done.stdout
+    assert not any(OWN_LEDGER in sentence for sentence in study.result()["runs"][0]["privacy"]["not_covered"])
+    assert {entry["dataset"] for entry in study.result()["ledger"]["entries"]} == {"clinics"}
     with Ledger.existing(study.folder / "shared.db") as ledger:
+        ledger.verify(study.result()["ledger"]["digest"])
         assert 1.9 < ledger.balance("clinics").spent_epsilon <= 2
     assert "finished" in refused(study.train())
     study.out = study.folder / "second"

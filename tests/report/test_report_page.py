@@ -17,7 +17,7 @@ from made_up_study import EVENT, NOT_COVERED, PLD
 
 from sfumato.errors import InputError
 from sfumato.report import Result, render, write_report
-from sfumato.report.html import guess_bound, summary
+from sfumato.report.html import guess_bound, summary, tied
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "base"}
 
@@ -120,6 +120,27 @@ def test_every_number_of_every_run_is_on_the_page(result: Result) -> None:
         assert wanted <= page.exact
     assert "sampling poisson, rate 0.1" in page.text
     assert "steps 20 20 20" in page.text
+
+
+def test_seconds_have_one_decimal(result: Result) -> None:
+    assert re.findall(r'<data value="4\.125"[^>]*>(.*?)</data>', render(result)) == ["4.1", "4.1"]
+
+
+def test_seconds_have_one_decimal_without_accuracy_too(single: dict[str, Any]) -> None:
+    single["runs"][0]["seconds"] = 12.3456
+    assert re.findall(r'<data value="12\.3456"[^>]*>(.*?)</data>', render(Result.model_validate(single))) == ["12.3"]
+
+
+def test_no_heading_breaks_before_a_number(result: Result) -> None:
+    heads = re.findall(r"<th [^>]*>(.*?)</th>", render(result))
+    assert "federated, epsilon\xa00.5" in heads
+    assert not [head for head in heads if re.search(r" \d", head)]
+
+
+@given(st.text(alphabet="ab 0.%,\xa0"))
+def test_tied_text_reads_the_same(text: str) -> None:
+    assert tied(text).replace("\xa0", " ") == text.replace("\xa0", " ")
+    assert not re.search(r" [0-9%]", tied(text))
 
 
 def test_the_ledger_its_total_and_its_check_are_on_the_page(result: Result) -> None:

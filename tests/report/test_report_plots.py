@@ -9,8 +9,10 @@ import matplotlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from sfumato.report import Result, plots
+from sfumato.report.drawing import INK, look_of, percent_axis
 
 SVG = "{http://www.w3.org/2000/svg}"
 ALL = [
@@ -61,6 +63,34 @@ def test_every_run_and_its_budget_is_labelled(result: Result) -> None:
     assert {"budget 0.5", "budget 1", "budget 3"} <= set(shown)
 
 
+def curves_of(svg: str | None) -> list[str]:
+    """Return the paths of the curves: drawn through more points than a grid line or a tick."""
+    assert svg is not None
+    paths = [e.get("d", "") for e in ET.fromstring(svg).iter(f"{SVG}path") if e.get("clip-path")]
+    return [path for path in paths if path.count("L") > 2]
+
+
+def test_runs_that_spend_alike_share_one_line_and_one_label(result: Result) -> None:
+    svg = plots.epsilon_over_steps(result)
+    curves = curves_of(svg)
+    assert len(curves) == len(set(curves)) == 3
+    assert [texts(svg).count(run.name) for run in result.private_runs] == [1] * 6
+
+
+@pytest.mark.parametrize(("change", "lines"), [(1e-6, 3), (0.1, 4)])
+def test_only_a_difference_that_can_be_seen_parts_two_lines(mapping: dict[str, Any], change: float, lines: int) -> None:
+    points = mapping["curves"]["epsilon_over_steps"]["federated, epsilon 1"]
+    points[10][1] -= change
+    assert len(curves_of(plots.epsilon_over_steps(Result.model_validate(mapping)))) == lines
+
+
+def test_one_kind_keeps_its_colour_and_a_mixture_gets_a_neutral_one(result: Result) -> None:
+    by_name = {run.name: run for run in result.runs}
+    pooled, again, other = (by_name[name] for name in ("pooled", "pooled, epsilon 1", "federated"))
+    assert look_of([pooled, again]) == look_of([pooled]) != look_of([other])
+    assert look_of([pooled, other]).colour == INK
+
+
 def test_every_run_is_shown_with_its_mean(result: Result) -> None:
     shown = texts(plots.accuracy_by_run(result))
     assert {run.name for run in result.runs} <= set(shown)
@@ -73,8 +103,97 @@ def test_accuracy_over_epsilon_shows_the_reference_without_privacy(result: Resul
     assert {"0.5", "1", "3"} <= set(shown)
 
 
+def dashed_lines(svg: str | None) -> int:
+    assert svg is not None
+    return sum("dasharray" in e.get("style", "") for e in ET.fromstring(svg).iter(f"{SVG}path"))
+
+
+@pytest.mark.parametrize(("federated", "lines"), [(0.8312, 2), (0.8274, 3)])
+def test_references_that_came_out_alike_share_one_line(mapping: dict[str, Any], federated: float, lines: int) -> None:
+    mapping["runs"][5]["metrics"]["accuracy"]["mean"] = federated
+    assert mapping["runs"][5]["name"] == "federated"
+    svg = plots.accuracy_over_epsilon(Result.model_validate(mapping))
+    assert dashed_lines(svg) == lines
+    assert [texts(svg).count(f"{name} (no privacy)") for name in ("alone", "pooled", "federated")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("plot", [plots.epsilon_over_steps, plots.accuracy_over_epsilon])
+@pytest.mark.parametrize("apart", [0.0, 0.0005, 0.004])
+def test_no_label_lies_on_another(mapping: dict[str, Any], plot: Plot, apart: float) -> None:
+    for i, run in enumerate(mapping["runs"]):
+        run["metrics"]["accuracy"]["mean"] = 0.8 + apart * i
+    for i, points in enumerate(mapping["curves"]["epsilon_over_steps"].values()):
+        points[:] = [[step, step / 10 * (1 + apart * i)] for step, _ in points]
+    svg = plot(Result.model_validate(mapping))
+    names = {run["name"] for run in mapping["runs"]} | {run["mode"] for run in mapping["runs"]}
+    heights = sorted(
+        float(e.get("y") or e.get("transform", "").partition("translate(")[2].partition(")")[0].split()[1])
+        for e in ET.fromstring(svg or "").iter(f"{SVG}text")
+        if "".join(e.itertext()).removesuffix(" (no privacy)") in names
+    )
+    assert len(heights) >= 5
+    # The letters are 9.5 points high.
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 9.5
+
+
 def test_every_owner_has_a_panel(result: Result) -> None:
     assert set(result.owners) <= set(texts(plots.accuracy_by_owner(result)))
+
+
+def panels_of(svg: str | None) -> list[tuple[float, float, list[float]]]:
+    """Return left edge, right edge and the centres of the marks of every panel, in points."""
+    root = ET.fromstring(svg or "")
+    boxes = {}
+    for clip in root.iter(f"{SVG}clipPath"):
+        (box,) = clip
+        boxes[f"url(#{clip.get('id')})"] = (float(box.get("x", "")), float(box.get("width", "")))
+    marks: dict[str, list[float]] = {}
+    for group in root.iter(f"{SVG}g"):
+        box_name = group.get("clip-path")
+        if box_name:
+            marks.setdefault(box_name, []).extend(float(use.get("x", "")) for use in group.iter(f"{SVG}use"))
+    return [(boxes[name][0], sum(boxes[name]), found) for name, found in marks.items()]
+
+
+@pytest.mark.parametrize("shares", [(0.7402, 0.9206), (0.0, 1.0), (1.0, 1.0), (0.5, 0.52)])
+@pytest.mark.parametrize("owners", [1, 4, 5, 12])
+def test_no_mark_touches_the_edge_of_its_panel(
+    mapping: dict[str, Any], shares: tuple[float, float], owners: int
+) -> None:
+    for i, run in enumerate(mapping["runs"]):
+        run["metrics"]["accuracy"]["per_owner"] = {f"bank {k}": shares[(i + k) % 2] for k in range(owners)}
+    panels = panels_of(plots.accuracy_by_owner(Result.model_validate(mapping)))
+    assert len(panels) == owners
+    for left, right, marks in panels:
+        assert len(marks) == 9
+        # A mark is 6.5 points wide, and its edge 1.4.
+        assert left + 4 < min(marks)
+        assert max(marks) < right - 4
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_a_percent_axis_has_four_to_six_ticks_and_none_beyond_its_ends(values: list[float]) -> None:
+    ax = Figure().add_subplot()
+    percent_axis(ax, values)
+    low, high = ax.get_xlim()
+    ticks = list(ax.xaxis.get_majorticklocs())
+    assert low < min(values) <= max(values) < high
+    assert 4 <= len(ticks) <= 6
+    assert all(max(low, 0) - 1e-9 <= tick <= min(high, 1) + 1e-9 for tick in ticks)
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
+    assert max(steps) - min(steps) < 1e-9
+    assert all(float(f"{100 * tick:.3g}") == pytest.approx(100 * tick) for tick in ticks)
+
+
+def test_every_panel_of_one_line_has_its_numbers(mapping: dict[str, Any]) -> None:
+    four = texts(plots.accuracy_by_owner(Result.model_validate(mapping)))
+    assert four.count("80") == 4
+    for run in mapping["runs"]:
+        owners = run["metrics"]["accuracy"]["per_owner"]
+        owners["toledo"] = owners["cleveland"]
+    five = texts(plots.accuracy_by_owner(Result.model_validate(mapping)))
+    # Toledo stands below Cleveland; the other three have nothing below them.
+    assert five.count("80") == 4
 
 
 def test_many_owners_share_one_panel(mapping: dict[str, Any]) -> None:
@@ -113,22 +232,3 @@ def test_a_strange_name_stays_text(mapping: dict[str, Any], name: str) -> None:
         svg = plot(result)
         assert any(text.rstrip("…") and name.startswith(text.rstrip("…")) for text in texts(svg))
         assert "<script" not in (svg or "")
-
-
-@given(st.lists(st.floats(-1, 2), min_size=1, max_size=12), st.floats(0.001, 0.3))
-def test_spread_labels_keep_their_order_and_distance(positions: list[float], gap: float) -> None:
-    low, high = 0.0, 1.0
-    placed = plots.spread(positions, gap, low, high)
-    room = min(gap, (high - low) / max(1, len(positions) - 1))
-    ordered = sorted(placed)
-    assert all(b - a >= room - 1e-9 for a, b in itertools.pairwise(ordered))
-    assert all(low - 1e-9 <= y <= high + 1e-9 for y in placed)
-    for i, a in enumerate(positions):
-        for j, b in enumerate(positions):
-            assert a >= b or placed[i] < placed[j]
-
-
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=8, unique=True))
-def test_labels_with_room_stay_where_they_are(cells: list[int]) -> None:
-    positions = [cell / 50 for cell in cells]
-    assert plots.spread(positions, 0.0199, 0.0, 1.0) == positions

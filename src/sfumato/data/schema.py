@@ -288,23 +288,31 @@ def _sentence(model: type[BaseModel], error: ErrorDetails, source: str) -> str:
     path, keys, arms = _locate(model, error)
     where = f'{source}: key "{path}"' if path else source
     context = error.get("ctx", {})
+    field = str(context.get("discriminator", "")).strip("'")
     match error["type"]:
         case "extra_forbidden":
-            return f"{where} is unknown.{_checks.did_you_mean(str(error['loc'][-1]), keys)}"
+            told = f" is unknown.{_checks.did_you_mean(str(error['loc'][-1]), keys)}"
         case "missing":
-            return f"{where} is missing. Fix: add it."
+            told = " is missing. Fix: add it."
         case "union_tag_not_found":
-            field = context["discriminator"].strip("'")
-            return f"{where} has no {field}; choose {field} = one of {', '.join(_tags(arms))}."
+            told = f" has no {field}; choose {field} = one of {', '.join(_tags(arms))}."
         case "union_tag_invalid":
-            field = context["discriminator"].strip("'")
             hint = _checks.did_you_mean(str(context["tag"]), _tags(arms))
-            return f'{where} has the unknown {field} "{context["tag"]}".{hint}'
+            told = f' has the unknown {field} "{context["tag"]}".{hint}'
         case "value_error":
-            return f"{where}: {context['error']}"
-    given = repr(error["input"])
-    given = given if len(given) <= 60 else f"{given[:57]}..."
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {given}."
+            told = f": {context['error']}"
+        case "literal_error":
+            told = f" has the unknown value {_shown(error)}.{_checks.did_you_mean(str(error['input']), _words(arms))}"
+        case "model_type" | "dict_type":
+            told = f" must be a table of keys and values, not {_shown(error)}."
+        case _:
+            told = f": {error['msg'][0].lower()}{error['msg'][1:]}, not {_shown(error)}."
+    return where + told
+
+
+def _shown(error: ErrorDetails) -> str:
+    text = repr(error["input"])
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _locate(model: type[BaseModel], error: ErrorDetails) -> tuple[str, list[str], list[Any]]:
@@ -315,6 +323,10 @@ def _locate(model: type[BaseModel], error: ErrorDetails) -> tuple[str, list[str]
     arms: list[Any] = [model]
     path, keys = "", [*model.model_fields]
     for depth, step in enumerate(error["loc"], start=1):
+        plain = [arm for arm in arms if len(arms) > 1 and _plain_tag(arm) == step]
+        if plain:
+            arms = plain
+            continue
         models = [arm for arm in arms if isinstance(arm, type) and issubclass(arm, BaseModel)]
         tried = [arm for arm in models if len(models) > 1 and step in (*_tags([arm]), arm.__name__)]
         inner = next((get_args(arm) for arm in arms if get_origin(arm) in (dict, list, tuple)), None)
@@ -342,6 +354,11 @@ def _arms(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _plain_tag(arm: Any) -> str:
+    """Return what pydantic calls an arm such as str or list[str] in the path of an error."""
+    return str(arm).replace(" ", "") if get_origin(arm) else getattr(arm, "__name__", "")
+
+
 def _tags(arms: list[Any]) -> list[str]:
     return [
         str(tag)
@@ -351,6 +368,10 @@ def _tags(arms: list[Any]) -> list[str]:
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
         for tag in get_args(field.annotation)
     ]
+
+
+def _words(arms: list[Any]) -> list[str]:
+    return [str(word) for arm in arms if get_origin(arm) is Literal for word in get_args(arm)]
 
 
 def _indicator(name: str, missing: Missing) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,6 +36,7 @@ _Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _CHUNK = 65_536  # rows held as Python strings at a time; bounds the memory of a large file
 _MISSING, _UNKNOWN = -1, -2
+_SEPARATORS = ";\t|,"
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,10 @@ def _rows_to_text(file: str, stream: Iterator[str], layout: TableFormat) -> _Tex
             if len(row) != len(names):
                 raise InputError(
                     f"{file}, row {line} has {len(row)} fields where {len(names)} columns are named. "
-                    "Fix: complete the row, quote fields that hold the separator, or set the separator."
+                    + (
+                        _right_separator(names)
+                        or "Fix: complete the row, quote fields that hold the separator, or set the separator."
+                    )
                 )
             lines.append(line)
         frames.append(pl.DataFrame([row for _, row in chunk], schema=dict.fromkeys(names, pl.String), orient="row"))
@@ -261,9 +266,10 @@ def _declared_text(table: _Text, schema: Schema) -> _Text:
     names = table.frame.columns
     for name in schema.columns:
         if name not in names and not isinstance(schema.columns[name], Ignore):
+            hint = _checks.did_you_mean(name, names).strip()
             raise InputError(
-                f'{table.file} has no column "{name}", which the schema declares.'
-                f"{_checks.did_you_mean(name, names)} Fix: rename the column in the file or in the schema."
+                f'{table.file} has no column "{name}", which the schema declares. '
+                + (_right_separator(names) or f"{hint} Fix: rename the column in the file or in the schema.")
             )
     for name in names:
         if name not in schema.columns:
@@ -282,6 +288,12 @@ def _declared_text(table: _Text, schema: Schema) -> _Text:
                 )
             columns[name] = raw.cast(pl.String).str.strip_chars().fill_null("")
     return _Text(table.file, pl.DataFrame(columns), table.lines)
+
+
+def _right_separator(names: Sequence[str]) -> str:
+    """Return the fix for a header that was read as one column because another character separates it, or ""."""
+    found = [mark for mark in _SEPARATORS if mark in names[0]] if len(names) == 1 else []
+    return f"The header is a single column. Fix: set separator = {json.dumps(found[0])}." if found else ""
 
 
 def _scaled(table: _Text, name: str, column: Numeric, absent: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -27,14 +28,14 @@ def privacy_of(plan: Plan, statement: PrivacyStatement, extra: Sequence[str] = (
         "clip_norm": plan.clip,
         "sampling": {"kind": plan.sampler.kind, "rate": plan.sampler.rate},
         "steps": plan.steps,
-        "accountants": {"pld": statement.spending.pld, "rdp": statement.spending.rdp},
+        "accountants": {"pld": statement.spending.pld, "rdp": _finite(statement.spending.rdp)},
         "event": events.to_dict(statement.event),
         "not_covered": [*statement.not_covered, *extra],
     }
 
 
 def score_of(values: Sequence[float], per_owner: Mapping[str, float]) -> dict[str, Any]:
-    """Return the `accuracy` part of a run from one value for each seed."""
+    """Return the `accuracy` part of a run from one value for each seed; a single seed has a spread of 0."""
     return {
         "mean": statistics.fmean(values),
         "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -44,13 +45,17 @@ def score_of(values: Sequence[float], per_owner: Mapping[str, float]) -> dict[st
     }
 
 
-def ledger_extract(ledger: Ledger) -> dict[str, Any]:
-    """Return the `ledger` part of a result: what was spent when, and the digest of the whole."""
+def ledger_extract(ledger: Ledger, dataset: str | None = None) -> dict[str, Any]:
+    """Return the `ledger` part of a result: what was spent when on one data set or on all, and the digest of the whole."""
     fields = ("seq", "at", "kind", "dataset", "run", "epsilon", "delta", "purpose", "by")
+    # Read once, so that the digest belongs to these very entries whoever writes meanwhile.
+    entries = ledger.history()
     return {
         "path": "memory" if ledger.path is None else ledger.path.name,
-        "digest": ledger.digest,
-        "entries": [{name: getattr(entry, name) for name in fields} for entry in ledger.history()],
+        "digest": entries[-1].digest if entries else ledger.digest,
+        "entries": [
+            {name: getattr(entry, name) for name in fields} for entry in entries if dataset in (None, entry.dataset)
+        ],
     }
 
 
@@ -59,3 +64,7 @@ def describe_machine() -> str:
     return (
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable
 from importlib import resources
@@ -50,6 +51,7 @@ def render(result: Result) -> str:
         "percent": percent,
         "percent_bound": percent_bound,
         "exact": repr,
+        "tied": tied,
     }
     page = resources.files("sfumato.report").joinpath("page.html").read_text("utf-8")
     ledger = result.ledger
@@ -87,6 +89,11 @@ def write_report(result: Result, folder: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{folder} cannot be made a folder ({error.strerror}); choose another one.") from None
     return write_text_atomically(folder / FILE_NAME, render(result))
+
+
+def tied(text: str) -> str:
+    """Return the text with no line break before a number or a percent sign: "epsilon 0.5" stays on one line."""
+    return re.sub(r" (?=[\d%])", "\N{NO-BREAK SPACE}", text)
 
 
 def guess_bound(epsilon: float, delta: float) -> float:
