@@ -82,7 +82,7 @@ def test_linked_files_exist(name: str) -> None:
 def test_the_configuration_in_the_readme_is_a_valid_one(tmp_path: Path) -> None:
     (code,) = [code for language, code in blocks_of("README.md") if language == "toml"]
     (tmp_path / "visits.toml").write_text(code, encoding="utf-8")
-    (tmp_path / "visits.csv").write_text("age,smoker,clinic,ill\n30,no,north,yes\n40,yes,south,no\n" * 6)
+    (tmp_path / "visits.csv").write_text("age,smoker,clinic,ill\n" + "30,no,north,yes\n40,yes,south,no\n" * 6)
     experiment = Experiment(tmp_path / "visits.toml")
     assert experiment.plan().spending.epsilon <= 1.0
     training, test = experiment.records()

@@ -138,4 +138,4 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
 
 def test_an_unknown_name_is_refused():
     refused(lambda: load("haert"), '"haert"', 'Did you mean "heart"?')
-    refused(lambda: load("mnist"), '"mnist"', "digits, heart")
+    refused(lambda: load("mnist"), '"mnist"', '"digits", "heart"')
