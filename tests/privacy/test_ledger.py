@@ -76,7 +76,7 @@ def test_a_cost_has_a_delta_below_one(delta: float) -> None:
 
 def test_a_cost_knows_its_words() -> None:
     assert Cost(1, 0, "client", "replace-one") == Cost(1.0, 0.0, Unit.CLIENT, Relation.REPLACE_ONE)
-    with pytest.raises(InputError, match='Did you mean "record"'):
+    with pytest.raises(InputError, match='choose "record" or "client"'):
         Cost(1.0, 0.0, "records", Relation.REPLACE_ONE)
 
 
