@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -7,12 +8,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import LOSS, flat, sgd, toy_model, toy_plan, toy_records
 
 import sfumato as sf
-from sfumato.errors import CheckpointError, PlanError
+from sfumato.errors import CheckpointError, LostClientsError, PlanError
+from sfumato.learning.training import Training
 
 
 def start(folder: Path, model: torch.nn.Module, *, resume: bool = False, every: int = 2, **plan: object) -> object:
@@ -172,3 +175,93 @@ def test_a_run_that_the_ledger_did_not_charge_for_this_plan_is_refused(tmp_path:
     torch.save(content, tmp_path / "run.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
         start(tmp_path, toy_model(), resume=True, every=1)
+
+
+def test_a_checkpoint_that_cannot_be_written_or_read_back_costs_nothing(tmp_path: Path) -> None:
+    ledger = sf.Ledger(tmp_path / "ledger.sqlite")
+    ledger.grant("toy", sf.Budget(2.0, 1e-3))
+    for folder, rate in [("/proc", 0.5), (tmp_path, np.float64(0.5))]:
+        model = toy_model()
+        training = sf.steps(
+            model, toy_records(), toy_plan(), loss=LOSS, optimizer=sgd(model, lr=rate), ledger=ledger,
+            checkpoint=sf.Checkpoint(Path(folder) / "run.pt"),
+        )  # fmt: skip
+        with pytest.raises(CheckpointError, match="nothing was charged"):
+            next(training)
+    assert ledger.balance("toy").spent_epsilon == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if "run.pt" in path.name) == []
+
+
+def test_another_optimizer_or_other_records_cannot_go_on_with_a_run(tmp_path: Path) -> None:
+    training = start(tmp_path, toy_model())
+    next(training)  # type: ignore[call-overload]
+    training.pause()  # type: ignore[attr-defined]
+    records = toy_records()
+    for other, optimizer, message in [
+        (records, torch.optim.Adam, "started with SGD, not Adam"),
+        (records.select(torch.arange(59, -1, -1)), torch.optim.SGD, "not in the order"),
+    ]:
+        model = toy_model()
+        with pytest.raises(CheckpointError, match=message):
+            sf.steps(
+                model, other, toy_plan(steps=8), loss=LOSS, optimizer=optimizer(model.parameters(), lr=0.5),
+                ledger=sf.Ledger(tmp_path / "ledger.sqlite"), checkpoint=sf.Checkpoint(tmp_path / "run.pt", 2, True),
+            )  # fmt: skip
+
+
+def test_a_federation_that_lost_its_last_steps_still_averages_what_its_clients_learnt(tmp_path: Path) -> None:
+    ledger = sf.Ledger(tmp_path / "ledger.sqlite")
+    ledger.grant("federation", sf.Budget(2.0, 1e-3))
+
+    def begin(model: torch.nn.Module, *, resume: bool) -> Training:
+        return sf.rounds(
+            model, toy_records().by_owner(), toy_plan(steps=8), loss=LOSS, ledger=ledger, engine=sf.Simulation(),
+            algorithm=sf.FedAvg(functools.partial(torch.optim.SGD, lr=0.5), local_steps=8),
+            populations=dict.fromkeys(toy_records().owner_names, 20),
+            checkpoint=sf.Checkpoint(tmp_path / "run.pt", 6, resume),
+        )  # fmt: skip
+
+    training = begin(toy_model(), resume=False)
+    for _ in range(7):
+        next(training)
+    del training
+    model = toy_model()
+    resumed = begin(model, resume=True)
+    assert list(resumed) == []
+    assert resumed.result().lost == 2
+    assert not torch.equal(flat(model), flat(toy_model()))
+
+
+def test_a_stop_in_the_middle_of_a_step_loses_that_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy_model()
+    training = sf.steps(model, toy_records(), toy_plan(), loss=LOSS, optimizer=sgd(model))
+    next(training)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(training._procedure), "apply", stop)
+        with pytest.raises(KeyboardInterrupt):
+            next(training)
+    assert [step.index for step in training] == [3, 4, 5, 6]
+    assert training.result().lost == 1
+
+
+def test_a_void_last_round_is_saved(tmp_path: Path) -> None:
+    ledger = sf.Ledger(tmp_path / "ledger.sqlite")
+    ledger.grant("federation", sf.Budget(2.0, 1e-3))
+
+    def begin(model: torch.nn.Module, *, resume: bool) -> Training:
+        return sf.rounds(
+            model, toy_records().by_owner(), toy_plan(), loss=LOSS, ledger=ledger, noise=sf.SharedNoise(),
+            engine=sf.Simulation(drop_out=lambda step, name: step == 5), algorithm=sf.FedSGD(torch.optim.Adam),
+            checkpoint=sf.Checkpoint(tmp_path / "run.pt", 4, resume),
+        )  # fmt: skip
+
+    model, again = toy_model(), toy_model()
+    training = begin(model, resume=False)
+    with pytest.raises(LostClientsError):
+        list(training)
+    assert list(begin(again, resume=True)) == []
+    assert torch.equal(flat(model), flat(again))

@@ -219,3 +219,22 @@ def test_a_round_in_which_everybody_is_lost_releases_noise_or_nothing(noise: obj
         engine=sf.Simulation(drop_out=lambda step, name: step < 2), noise=noise,  # type: ignore[arg-type]
     )  # fmt: skip
     assert len(result.steps) == 6
+
+
+@pytest.mark.parametrize("algorithm", [sf.FedSGD(SERVER), sf.FedAvg(SERVER)])
+def test_a_clients_error_does_not_pass_on_its_values(algorithm: object) -> None:
+    records = sf.Records.from_arrays(torch.zeros(4, 4), [0, 1, 7, 0], (["a", "b"], [0, 0, 1, 1]))
+    with pytest.raises(sf.SfumatoError, match=r"cannot be run on a client's records\.") as caught:
+        sf.federate(
+            toy_model(), records.by_owner(), toy_plan(4.0, 2, 2, 1, unit="client"), algorithm=algorithm,  # type: ignore[arg-type]
+            engine=sf.Simulation(), loss=LOSS,
+        )  # fmt: skip
+    assert "7" not in str(caught.value)
+
+
+def test_a_client_may_not_be_called_all() -> None:
+    records = toy_records()
+    with pytest.raises(InputError, match="another name"):
+        sf.federate(
+            toy_model(), {"all": records}, toy_plan(), algorithm=sf.FedSGD(SERVER), engine=sf.Simulation(), loss=LOSS
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import LOSS, flat, sgd, toy_model, toy_plan, toy_records
@@ -11,8 +13,9 @@ import sfumato as sf
 from sfumato.data import sampling
 from sfumato.errors import PlanError, SelfCheckError
 from sfumato.gradients import per_record
-from sfumato.learning import central
+from sfumato.learning import aggregation, central
 from sfumato.privacy import events, mechanisms
+from sfumato.privacy.bounded import Bounded, Released
 
 
 def run(plan: sf.Plan, model: nn.Module | None = None, records: sf.Records | None = None) -> nn.Module:
@@ -135,3 +138,15 @@ def test_mutant_plan_with_less_noise_than_its_budget_is_caught(monkeypatch: pyte
     monkeypatch.setattr(calibration, "calibrate", too_little)
     with pytest.raises(PlanError, match="more than the budget"):
         toy_plan()
+
+
+@pytest.mark.parametrize("factor", [2 / 3, 0.01])
+def test_mutant_place_of_noise_that_adds_too_little_is_caught(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    honest = aggregation.mechanisms.gaussian
+
+    def thin(bounded: Bounded, multiplier: float, **rest: Any) -> Released:
+        return honest(bounded, multiplier * factor, **rest)
+
+    monkeypatch.setattr(aggregation.mechanisms, "gaussian", thin)
+    with pytest.raises(SelfCheckError, match="the plan pays for"):
+        run(toy_plan(steps=2))

@@ -91,3 +91,8 @@ def test_without_privacy_nothing_is_promised() -> None:
     assert plan.steps == 20
     assert math.isinf(plan.spending.epsilon)
     assert isinstance(plan.event, dp_accounting.NonPrivateDpEvent)
+
+
+def test_noise_beyond_exact_floats_is_refused_before_any_charge() -> None:
+    with pytest.raises(PlanError, match="noise_multiplier"):
+        sf.Plan(sf.Budget(1.0, 1e-5), sf.FullBatch(), 1.0, 3e6, 1, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -173,6 +174,14 @@ class Records:
             feature_names=schema.feature_names,
             classes=schema.target[1].class_names,
         )
+
+    def digest(self) -> str:
+        """Return a SHA-256 over all values in their order. It depends on private values: keep it with the data."""
+        digest = hashlib.sha256()
+        for tensor in (self.features, self.targets):
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 
 from sfumato.errors import UnsupportedModelError
 from sfumato.gradients.clipping import MAX_UNITS, clip_factors
-from sfumato.gradients.support import check_model, trainable
+from sfumato.gradients.support import check_model, running, trainable
 from sfumato.privacy.bounded import Bounded
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -90,15 +90,8 @@ def clipped_gradient_sum(
     nonfinite = 0
     for start in range(0, len(features), microbatch):
         part = slice(start, start + microbatch)
-        try:
+        with running(model, "one record at a time", quote=False):
             gradients = per_record(detached, features[part], targets[part])
-        except (RuntimeError, ValueError, IndexError):
-            # torch's own message may hold values of the records, so it is not passed on.
-            raise UnsupportedModelError(
-                f"{type(model).__name__} with this loss cannot be run one record at a time. Usual causes: an input or target "
-                "of the wrong shape or range, a buffer changed in forward, or a decision on a tensor's value. Run "
-                "loss(model(features[:1]), targets[:1]) on made-up records to see torch's message."
-            ) from None
         squared = torch.stack([g.to(torch.float64).flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
         factors, broken = clip_factors(squared, clip_norm)
         nonfinite += int(broken.sum())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from sfumato.errors import UnsupportedModelError
+from sfumato.errors import SfumatoError, UnsupportedModelError
 
 
 def check_model(model: nn.Module) -> None:
@@ -36,6 +39,32 @@ def check_model(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f'Parameter "{name}" is {parameter.dtype}; only real floating-point parameters can be trained.'
             )
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, how: str, *, quote: bool) -> Iterator[None]:
+    """Turn whatever the user's model or loss raises into one sentence.
+
+    Args:
+        model: Named in the sentence.
+        how: What was tried, for example "one record at a time".
+        quote: Whether to pass on the error's own text. It may hold values of the records, so only where nothing is
+            promised.
+
+    Raises:
+        UnsupportedModelError: in place of any error but sfumato's own.
+    """
+    try:
+        yield
+    except SfumatoError:
+        raise
+    except Exception as error:
+        said = f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})" if quote else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__} with this loss cannot be run {how}{said}. Usual causes: an input or target of the wrong "
+            "shape or range, a buffer changed in forward, or a decision on a tensor's value. Run "
+            "loss(model(features[:1]), targets[:1]) on made-up records to see torch's message."
+        ) from (error if quote else None)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

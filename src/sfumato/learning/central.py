@@ -13,10 +13,18 @@ from typing_extensions import override
 from sfumato.data.records import Records
 from sfumato.errors import PlanError
 from sfumato.gradients.per_record import ClippedSum, Loss, clipped_gradient_sum
-from sfumato.gradients.support import check_model
+from sfumato.gradients.support import check_model, running
 from sfumato.learning.aggregation import ServerNoise
 from sfumato.learning.plan import Plan
-from sfumato.learning.procedure import Procedure, batch_on, check_optimizer, mean_loss, set_gradients
+from sfumato.learning.procedure import (
+    Procedure,
+    batch_on,
+    check_optimizer,
+    mean_loss,
+    optimizer_state,
+    restore_optimizer,
+    set_gradients,
+)
 from sfumato.privacy.bounded import Bounded, Released
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.randomness import RandomSource
@@ -75,14 +83,23 @@ class Central(Procedure):
             return
         features, targets = batch_on(self._model, self._records, indices)
         self._optimizer.zero_grad()
-        mean_loss(self._loss(self._model(features), targets)).backward()  # type: ignore[no-untyped-call]
+        with running(self._model, "on a batch", quote=True):
+            mean_loss(self._loss(self._model(features), targets)).backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
     @override
+    def skip(self) -> None:
+        pass
+
+    @override
+    def data_digest(self) -> str:
+        return self._records.digest()
+
+    @override
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "draws": self._draws.state()}
+        return {"optimizer": optimizer_state(self._optimizer), "draws": self._draws.state()}
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self._optimizer, state["optimizer"])
         self._draws = self._plan.sampler.start(len(self._records), self._source, state["draws"])

@@ -14,7 +14,7 @@ import torch
 from sfumato.errors import CheckpointError
 
 _VERSION = 1
-_KEYS = {"plan", "secret", "dataset", "run", "position", "model", "procedure"}
+_KEYS = {"plan", "secret", "dataset", "data", "run", "position", "model", "procedure"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Checkpoint:
         path: The file.
         every: Steps between two saves. After a crash the run goes on behind the last step that may have been noised, so
             at most `every` steps are lost; they stay charged.
-        resume: Go on with the run in the file; without it an existing file is refused.
+        resume: Go on with the run in the file; without it an existing file is refused. The optimiser's settings are then
+            those that were saved.
     """
 
     path: str | Path
@@ -53,9 +54,32 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise CheckpointError(
             f"The checkpoint {path} cannot be written ({error.strerror}); choose another folder."
         ) from error
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot hold this model or optimiser ({str(error).splitlines()[0]}); train without one."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check(path: Path, content: dict[str, Any]) -> None:
+    """Write and read back a trial beside `path`, so that nothing is paid for a run that could not be saved.
+
+    Raises:
+        CheckpointError: it cannot be written, or holds something that only executing a file could bring back.
+    """
+    trial = path.with_name(f".{path.name}.trial")
+    try:
+        write(trial, content)
+        read(trial)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The run cannot be saved to {path}, so it was not started and nothing was charged: use a folder that can be "
+            f"written, and plain Python numbers for the optimiser's settings. {error}"
+        ) from error
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,7 +91,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}; start without resume, or give the right path.")
     try:
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} is not a readable checkpoint; restore it from a copy or start a new run."

@@ -14,15 +14,17 @@ from sfumato.data.sampling import FullBatch
 from sfumato.errors import PlanError
 from sfumato.gradients.clipping import clip_vector
 from sfumato.gradients.per_record import ClippedSum
+from sfumato.gradients.support import running
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.federated import (
     Federation,
     MakeOptimizer,
     check_federation,
+    digest_of,
     server_optimizer,
     who_is_protected,
 )
-from sfumato.learning.procedure import Procedure, add_tensors, set_gradients
+from sfumato.learning.procedure import Procedure, add_tensors, optimizer_state, restore_optimizer, set_gradients
 from sfumato.privacy.bounded import Bounded, Released
 
 
@@ -78,7 +80,9 @@ class ClientSums(Procedure):
         return self._federation.engine.run(self._part, cohort, step)
 
     def _part(self, name: str) -> ClippedSum:
-        bounded, finite = clip_vector(self._work(name).value, self._federation.plan.clip)
+        with running(self._federation.model, "on a client's records", quote=False):
+            vector = self._work(name)
+        bounded, finite = clip_vector(vector.value, self._federation.plan.clip)
         return ClippedSum(bounded, 0 if finite else 1)
 
     @override
@@ -98,7 +102,7 @@ class ClientSums(Procedure):
 
     @override
     def plain(self, step: int) -> None:
-        answers = self._federation.engine.run(self._work, self._names, step)
+        answers = self._federation.engine.run(self._plain_work, self._names, step)
         weight = sum(answer.weight for answer in answers.values())
         if weight:
             weighted = (
@@ -106,16 +110,28 @@ class ClientSums(Procedure):
             )
             self._update(functools.reduce(add_tensors, weighted), weight)
 
+    def _plain_work(self, name: str) -> Vector:
+        with running(self._federation.model, "on a client's records", quote=True):
+            return self._work(name)
+
     def _update(self, total: Mapping[str, Tensor], divisor: float) -> None:
         set_gradients(self._federation.model, total, divisor)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     @override
+    def skip(self) -> None:
+        pass
+
+    @override
+    def data_digest(self) -> str:
+        return digest_of(self._federation)
+
+    @override
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "draws": self._draws.state()}
+        return {"optimizer": optimizer_state(self._optimizer), "draws": self._draws.state()}
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self._optimizer, state["optimizer"])
         self._draws = self._federation.plan.sampler.start(len(self._names), self._federation.source, state["draws"])

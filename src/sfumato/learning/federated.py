@@ -11,6 +11,7 @@ noised (`sfumato.learning.aggregation`), and the server's optimiser takes the re
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def check_federation(federation: Federation) -> None:
     if not federation.clients:
         raise InputError("A federation needs at least one client; pass a mapping of name to Records.")
     for name, records in federation.clients.items():
+        if name == "all":
+            raise InputError('"all" is what the sum over the clients is called; give the client another name.')
         if not len(records):
             raise InputError(f'Client "{name}" has no records; leave it out of the federation.')
     check_model(federation.model)
@@ -126,6 +129,12 @@ def made_for(model: nn.Module, make: MakeOptimizer) -> Optimizer:
     optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
     check_optimizer(model, optimizer)
     return optimizer
+
+
+def digest_of(federation: Federation) -> str:
+    """Return a digest of every client's name and records, in order; private."""
+    parts = [f"{name} {records.digest()}" for name, records in federation.clients.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def start_draws(federation: Federation, states: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.gradients.per_record import ClippedSum, clipped_gradient_sum
-from sfumato.gradients.support import trainable
+from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.client_sums import ClientSums, Vector
 from sfumato.learning.federated import (
@@ -20,11 +20,20 @@ from sfumato.learning.federated import (
     Federation,
     MakeOptimizer,
     check_federation,
+    digest_of,
     server_optimizer,
     start_draws,
     who_is_protected,
 )
-from sfumato.learning.procedure import Procedure, add_tensors, batch_on, mean_loss, set_gradients
+from sfumato.learning.procedure import (
+    Procedure,
+    add_tensors,
+    batch_on,
+    mean_loss,
+    optimizer_state,
+    restore_optimizer,
+    set_gradients,
+)
 from sfumato.privacy.bounded import Bounded, Released
 
 
@@ -115,15 +124,22 @@ class _RecordSums(Procedure):
         self._optimizer.zero_grad()
         for name, size in answers.items():
             if size:
-                loss = _loss_on(self._federation, self._federation.model, name, batches[name])
-                (loss * (size / total)).backward()  # type: ignore[no-untyped-call]
+                with running(self._federation.model, "on a client's records", quote=True):
+                    loss = _loss_on(self._federation, self._federation.model, name, batches[name])
+                    (loss * (size / total)).backward()  # type: ignore[no-untyped-call]
         if total:
             self._optimizer.step()
 
+    def skip(self) -> None:
+        pass
+
+    def data_digest(self) -> str:
+        return digest_of(self._federation)
+
     def state(self) -> dict[str, Any]:
         draws = {name: draw.state() for name, draw in self._draws.items()}
-        return {"optimizer": self._optimizer.state_dict(), "draws": draws}
+        return {"optimizer": optimizer_state(self._optimizer), "draws": draws}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self._optimizer, state["optimizer"])
         self._draws = start_draws(self._federation, state["draws"])

@@ -10,9 +10,10 @@ from typing import Any
 
 from sfumato import _checks
 from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
-from sfumato.errors import PlanError
+from sfumato.errors import AccountingError, PlanError
 from sfumato.privacy import accounting, calibration, events
 from sfumato.privacy.budget import Budget
+from sfumato.privacy.mechanisms import LARGEST_MULTIPLIER
 
 _SAMPLING = ("poisson", "shuffled", "full-batch")
 _CURVE_POINTS = 16
@@ -61,7 +62,10 @@ class Plan:
             raise PlanError(
                 f"clip {self.clip:g} is outside [{_SMALLEST_CLIP:g}, {1 / _SMALLEST_CLIP:g}]; rescale the loss."
             )
-        _checks.positive("noise_multiplier", self.noise_multiplier)
+        if not _checks.positive("noise_multiplier", self.noise_multiplier) <= LARGEST_MULTIPLIER:
+            raise PlanError(
+                f"noise_multiplier {self.noise_multiplier:g} is above {LARGEST_MULTIPLIER:g}; use a larger budget."
+            )
         if not self.spending.epsilon <= self.budget.epsilon:
             raise PlanError(
                 f"This plan costs epsilon {self.spending.epsilon:.4g} at delta {self.budget.delta:g}, more than the budget of "
@@ -154,7 +158,10 @@ class Plan:
             return math.inf
         stride = max(1, math.ceil(self.steps / _CURVE_POINTS))
         point = min(self.steps, math.ceil(steps / stride) * stride)
-        return accounting.spending(self.event_after(point), self.budget.delta, self.budget.relation).epsilon
+        try:
+            return accounting.spending(self.event_after(point), self.budget.delta, self.budget.relation).epsilon
+        except AccountingError:
+            return self.spending.epsilon  # the whole plan bounds every part of it
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain JSON data (infinite numbers as null)."""

@@ -51,6 +51,14 @@ class Procedure(ABC):
         """Do step `step` without any privacy."""
 
     @abstractmethod
+    def skip(self) -> None:
+        """Take note that paid steps were lost in a crash, or void, and will not be done."""
+
+    @abstractmethod
+    def data_digest(self) -> str:
+        """Return a digest of all records in their order; private, for checkpoints only."""
+
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep besides the model."""
 
@@ -78,6 +86,22 @@ def add_tensors(left: Tensors, right: Tensors) -> dict[str, Tensor]:
     return {name: tensor + right[name] for name, tensor in left.items()}
 
 
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the optimiser's state and kind, for a checkpoint."""
+    return {"kind": type(optimizer).__qualname__, "state": optimizer.state_dict()}
+
+
+def restore_optimizer(optimizer: Optimizer, kept: dict[str, Any]) -> None:
+    """Take back what `optimizer_state` returned; its learning rate and other settings are those that were saved.
+
+    Raises:
+        ValueError: it was another kind of optimiser, or one over other parameters.
+    """
+    if kept["kind"] != type(optimizer).__qualname__:
+        raise ValueError(f"it was started with {kept['kind']}, not {type(optimizer).__qualname__}")
+    optimizer.load_state_dict(kept["state"])
+
+
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimiser that needs a closure, or does not hold exactly the model's trainable parameters.
 
@@ -90,6 +114,8 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} evaluates the loss several times a step, which a plan does not pay for; "
             "use a first-order optimiser such as SGD or Adam."
         )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UnsupportedModelError("SparseAdam takes sparse gradients only, and noise is dense; use torch.optim.Adam.")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in trainable(model).items():
         if id(parameter) not in held:

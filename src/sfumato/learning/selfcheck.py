@@ -34,6 +34,26 @@ def check_bounded(names: Iterable[str], parts: Mapping[str, Bounded], probe: Bou
         raise SelfCheckError(f"One unit's part is above the clip norm {probe.norm_bound:g}; training stopped.")
 
 
+def check_scale(released: Mapping[str, Released], parts: Mapping[str, Bounded], std: float) -> None:
+    """Stop a run in which a release says that it has less noise than the plan pays for, or comes from nowhere.
+
+    Args:
+        released: What was released.
+        parts: The sums it was made from.
+        std: What the plan asks of every release.
+
+    Raises:
+        SelfCheckError: says which release.
+    """
+    if set(released) != {"all"} and not set(released) <= set(parts):
+        raise SelfCheckError("A release does not belong to the clients that answered; training stopped.")
+    for name, release in released.items():
+        if not release.noise_std >= std * (1 - 1e-9):
+            raise SelfCheckError(
+                f'The release "{name}" has noise of {release.noise_std:.6g}, the plan pays for {std:.6g}; training stopped.'
+            )
+
+
 def check_noised(
     names: Iterable[str], parts: Mapping[str, Bounded], released: Mapping[str, Released], zero: Bounded
 ) -> None:

@@ -19,10 +19,11 @@ from sfumato.learning.aggregation import Noise
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import Procedure, zero_like
-from sfumato.learning.selfcheck import check_bounded, check_noised
+from sfumato.learning.selfcheck import check_bounded, check_noised, check_scale
 from sfumato.privacy import events
 from sfumato.privacy.books import Cost
 from sfumato.privacy.ledger import Charge, Ledger
+from sfumato.privacy.mechanisms import noise_std
 from sfumato.privacy.randomness import RandomSource
 from sfumato.privacy.statement import PrivacyStatement
 
@@ -57,6 +58,7 @@ class TrainingResult:
         privacy: The privacy statement.
         steps: The steps of this process, in order.
         run: The run's name in the ledger; empty without privacy.
+        lost: Steps that were paid for and lost, in a crash or a stop in the middle of a step.
         nonfinite: How often a unit's NaN or infinite part was left out. For the data's owner only: it is not covered by
             the budget and must not be published.
     """
@@ -65,6 +67,7 @@ class TrainingResult:
     privacy: PrivacyStatement
     steps: tuple[Step, ...]
     run: str
+    lost: int
     nonfinite: int = field(repr=False)
 
 
@@ -106,6 +109,8 @@ class Training(Iterator[Step]):
         self._checked = False
         self._secret = source.is_secure
         self._saved_at = 0
+        self._lost = 0
+        self._digest: str | None = None
         if checkpoint is not None:
             self._open_checkpoint(checkpoint)
 
@@ -113,6 +118,8 @@ class Training(Iterator[Step]):
         return self
 
     def __next__(self) -> Step:
+        if self.plan.is_private:
+            self._catch_up()
         if self._position >= self.plan.steps:
             raise StopIteration
         if self.plan.is_private:
@@ -125,10 +132,7 @@ class Training(Iterator[Step]):
         remaining = max(0.0, self.plan.budget.epsilon - spent) if self.plan.is_private else math.inf
         step = Step(self._position, self.plan.steps, spent, remaining, self.plan.noise_multiplier)
         self._steps.append(step)
-        if self._checkpoint is not None and (
-            self._position - self._saved_at >= self._checkpoint.every or self._position == self.plan.steps
-        ):
-            self._save()
+        self._save_if_due()
         return step
 
     def pause(self) -> None:
@@ -141,13 +145,19 @@ class Training(Iterator[Step]):
 
     def result(self) -> TrainingResult:
         """Return the model and the statement of what has been charged for it."""
-        return TrainingResult(self.model, self._statement(), tuple(self._steps), self._run, self._nonfinite)
+        return TrainingResult(self.model, self._statement(), tuple(self._steps), self._run, self._lost, self._nonfinite)
+
+    def _catch_up(self) -> None:
+        """Move behind every draw that was or may have been taken without its step: a crash, a stop in the middle."""
+        if self._charge is None and self._run and self._position < self.plan.steps:
+            self._charge = self._go_on()
+            self._saved_at = self._charge.position  # so that saves and leases stay in step
+        if self._charge is not None and self._charge.position > self._position:
+            self._lost += self._charge.position - self._position
+            self._position = self._charge.position
+            self._procedure.skip()
 
     def _private_step(self) -> None:
-        if self._charge is None and self._run:
-            self._charge = self._go_on()
-            if self._position >= self.plan.steps:
-                return
         contributions = self._procedure.contributions(self._position)
         self._nonfinite += sum(part.nonfinite for part in contributions.values())
         parts = {name: part.bounded for name, part in contributions.items()}
@@ -155,6 +165,8 @@ class Training(Iterator[Step]):
         if not self._checked:
             check_bounded(trainable(self.model), parts, self._procedure.probe())
         if self._charge is None:
+            if self._checkpoint is not None:
+                checkpoints.check(Path(self._checkpoint.path), self._content())
             self._charge = self._pay()
             self._run = self._charge.run
         noise = Noise(self.plan.noise_multiplier, self.plan.budget.relation, self._charge, self._source)
@@ -162,12 +174,16 @@ class Training(Iterator[Step]):
         try:
             released = self._procedure.aggregation.combine(parts, zero=zero, asked=asked, noise=noise)
         except LostClientsError:
-            self._position = self._charge.position  # the void round is spent; the caller may go on with the next
+            # The void round is spent; the caller may go on with the next.
+            self._position = self._charge.position
+            self._procedure.skip()
+            self._save_if_due()
             raise
         if self._charge.position != self._position + 1:
             raise LedgerError(
                 f"Another process is going on with run {self._charge.run}; this one stopped and what it drew was discarded."
             )
+        check_scale(released, parts, noise_std(zero, self.plan.noise_multiplier, self.plan.budget.relation))
         if released and not self._checked:
             check_noised(trainable(self.model), parts, released, zero)
             self._checked = True
@@ -181,7 +197,7 @@ class Training(Iterator[Step]):
             if not bool(torch.isfinite(parameter.detach()).all()):
                 raise DivergedError(
                     f'The parameter "{name}" is not finite after step {self._position}: the training diverged. What was '
-                    "charged stays spent. Fix: lower the learning rate."
+                    "charged, if anything, stays spent. Fix: lower the learning rate."
                 )
 
     def _pay(self) -> Charge:
@@ -221,9 +237,7 @@ class Training(Iterator[Step]):
                 "resume with the ledger and the checkpoint that belong together."
             )
         # The ledger, not the file, knows how far the run may have come: what was leased counts as drawn.
-        charge = ledger.resume(self._run, lease=self._checkpoint.every)
-        self._position = self._saved_at = charge.position
-        return charge
+        return ledger.resume(self._run, lease=self._checkpoint.every)
 
     def _open_checkpoint(self, checkpoint: Checkpoint) -> None:
         path = Path(checkpoint.path)
@@ -250,6 +264,10 @@ class Training(Iterator[Step]):
             raise CheckpointError(
                 f'The checkpoint {path} belongs to the data set "{content["dataset"]}", not "{self._account.dataset}".'
             )
+        if content["data"] != self._procedure.data_digest():
+            raise CheckpointError(
+                f"The records are not those, or not in the order, that the run in {path} was started with; restore them."
+            )
         try:
             self.model.load_state_dict(content["model"])
             self._procedure.restore(content["procedure"])
@@ -265,9 +283,21 @@ class Training(Iterator[Step]):
         self._run = content["run"]
         self._secret = self._secret and content["secret"]
 
+    def _save_if_due(self) -> None:
+        if self._checkpoint is not None and (
+            self._position - self._saved_at >= self._checkpoint.every or self._position == self.plan.steps
+        ):
+            self._save()
+
     def _save(self) -> None:
         assert self._checkpoint is not None
-        content: dict[str, Any] = {
+        checkpoints.write(Path(self._checkpoint.path), self._content())
+        self._saved_at = self._position
+
+    def _content(self) -> dict[str, Any]:
+        if self._digest is None:
+            self._digest = self._procedure.data_digest()
+        return {
             "plan": self._fingerprint(),
             "secret": self._secret,
             "dataset": self._account.dataset,
@@ -275,9 +305,8 @@ class Training(Iterator[Step]):
             "position": self._position,
             "model": self.model.state_dict(),
             "procedure": self._procedure.state(),
+            "data": self._digest,
         }
-        checkpoints.write(Path(self._checkpoint.path), content)
-        self._saved_at = self._position
 
     def _fingerprint(self) -> str:
         """Return one line that is the same only for the same plan, procedure and place of the noise."""

@@ -27,7 +27,7 @@ from sfumato.privacy.ledger import Charge
 from sfumato.privacy.randomness import RandomSource
 
 _GRID_BITS = 24
-_LARGEST_MULTIPLIER = 2.0**21  # ten standard deviations then stay within 2**51 grid units, for up to 2**28 coordinates
+LARGEST_MULTIPLIER = 2.0**21  # ten standard deviations then stay within 2**51 grid units, for up to 2**28 coordinates
 _EXACT = 2.0**51  # grid units: far inside what float64 adds exactly, and a thousand times any honest sum
 
 
@@ -36,17 +36,19 @@ def grid_of(norm_bound: float) -> float:
     return 2.0 ** (math.floor(math.log2(norm_bound)) - _GRID_BITS)
 
 
-def noise_std(bounded: Bounded, noise_multiplier: float, relation: Relation) -> float:
-    """Return the noise std for `bounded`: noise_multiplier * (sensitivity + grid * sqrt(size)).
+def noise_std(bounded: Bounded, noise_multiplier: float, relation: Relation, *, roundings: int = 1) -> float:
+    """Return the noise std for `bounded`: noise_multiplier * (sensitivity + roundings * grid * sqrt(size)).
+
+    `roundings` counts the sums that one unit can move and that are put on the grid one by one.
 
     Raises:
         InputError: the multiplier is so large that float64 could not add noise and sum exactly.
     """
-    if not noise_multiplier <= _LARGEST_MULTIPLIER:
+    if not noise_multiplier <= LARGEST_MULTIPLIER:
         raise InputError(
-            f"noise_multiplier {noise_multiplier:g} is above {_LARGEST_MULTIPLIER:g}; such a release says nothing."
+            f"noise_multiplier {noise_multiplier:g} is above {LARGEST_MULTIPLIER:g}; such a release says nothing."
         )
-    rounding = grid_of(bounded.norm_bound) * math.sqrt(bounded.size)
+    rounding = roundings * grid_of(bounded.norm_bound) * math.sqrt(bounded.size)
     return noise_multiplier * (bounded.sensitivity(relation) + rounding)
 
 
@@ -162,8 +164,9 @@ class SharedGaussian:
         self._combined = False
         self._shared: set[str] = set()
         self._grid = grid_of(norm_bound)
-        self._std = noise_std(probe, noise_multiplier, relation)
-        # Each client rounds its own sum; only one of them holds the unit that differs, so one rounding counts.
+        # Each client rounds its own sum. A unit that is added or removed moves one of them, a replaced one perhaps two.
+        roundings = 1 if relation is Relation.ADD_OR_REMOVE_ONE else 2
+        self._std = noise_std(probe, noise_multiplier, relation, roundings=roundings)
         self._draw = charge.take()
 
     def share(self, client: str, bounded: Bounded, source: RandomSource) -> NoisyShare:
