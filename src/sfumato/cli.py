@@ -271,6 +271,10 @@ def train(
     folder = out or Path("runs") / experiment.name
     finished = run_experiment(experiment, folder, resume=resume)
     typer.echo(str(finished.privacy))
+    if finished.lost:
+        typer.echo(
+            f"Steps paid for and lost in a crash: {finished.lost}. They count as spent; the model did without them."
+        )
     if finished.score is not None:
         typer.echo(f"Accuracy on the test part: {finished.score.mean:.1%} (not covered by the budget).")
     typer.echo(f"Wrote {folder / 'report.html'}")

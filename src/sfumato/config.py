@@ -352,9 +352,9 @@ class Experiment:
         sys.path.insert(0, folder)
         try:
             model = getattr(importlib.import_module(module), function)(shape, outputs)
-        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise InputError(
-                f"{where} failed ({error}); give module:function, a function that takes (input_shape, outputs)."
+                f"{where} failed ({type(error).__name__}: {error}); give module:function, a function that takes (input_shape, outputs)."
             ) from error
         finally:
             sys.path.remove(folder)

@@ -54,10 +54,11 @@ _UNCOVERED_ACCURACY = (
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run has to say: its promise, and its accuracy on the test part where there is one."""
+    """What a finished run has to say: its promise, and its accuracy on the test part where there is one; steps lost."""
 
     privacy: PrivacyStatement
     score: reports.Score | None
+    lost: int
 
 
 def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Finished:
@@ -94,7 +95,7 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Fin
             said = dataclasses.replace(said, not_covered=(*said.not_covered, _OWN_LEDGER))
         seconds, score = time.perf_counter() - start, _score(model, test)
         _publish(folder, model, _result(experiment, chosen, said, ledger, score, seconds))
-    return Finished(said, score)
+    return Finished(said, score, result.lost)
 
 
 def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
