@@ -354,7 +354,8 @@ class Experiment:
             model = getattr(importlib.import_module(module), function)(shape, outputs)
         except Exception as error:
             raise InputError(
-                f"{where} failed ({type(error).__name__}: {error}); give module:function, a function that takes (input_shape, outputs)."
+                f"{where} failed ({type(error).__name__}: {error}); "
+                "give module:function, a function that takes (input_shape, outputs)."
             ) from error
         finally:
             sys.path.remove(folder)

@@ -90,7 +90,8 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Fin
                 ledger.grant(experiment.dataset, chosen.budget, note="exactly the budget of this run")
         start = time.perf_counter()
         with experiment.blamed("the run was refused:"):
-            said = run(ledger, _checkpoint(experiment, folder, resume)).privacy
+            result = run(ledger, _checkpoint(experiment, folder, resume))
+        said = result.privacy
         if chosen.is_private and shared is None:
             said = dataclasses.replace(said, not_covered=(*said.not_covered, _OWN_LEDGER))
         seconds, score = time.perf_counter() - start, _score(model, test)
