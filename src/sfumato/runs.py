@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
-import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +20,7 @@ from torch.nn import functional as F
 
 from sfumato import _checks
 from sfumato import report as reports
+from sfumato._files import replace_file
 from sfumato._numbers import bound, floor
 from sfumato._version import __version__
 from sfumato.config import Experiment
@@ -296,18 +294,9 @@ def _result(
 
 def _publish(folder: Path, model: nn.Module, result: reports.Result) -> None:
     """Write the three files, `result.json` last: where it stands, the run is finished."""
-    content = io.BytesIO()
-    torch.save(model.state_dict(), content)
-    temporary = folder / f".model.pt.{uuid.uuid4().hex}"
     try:
-        with temporary.open("xb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / "model.pt")
+        replace_file(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
     except OSError as error:
         raise InputError(f"{folder / 'model.pt'} cannot be written ({error.strerror}); make room.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     reports.write_report(result, folder)
     reports.write_result(result, folder / "result.json")

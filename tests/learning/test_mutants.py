@@ -13,7 +13,7 @@ import sfumato as sf
 from sfumato.data import sampling
 from sfumato.errors import PlanError, SelfCheckError
 from sfumato.gradients import per_record
-from sfumato.learning import aggregation, central
+from sfumato.learning import aggregation, central, procedure
 from sfumato.privacy import events, mechanisms
 from sfumato.privacy.bounded import Bounded, Released
 
@@ -61,8 +61,8 @@ def loss_falls() -> bool:
 
 def test_mutant_wrong_sign_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss_falls()
-    honest = central.set_gradients
-    monkeypatch.setattr(central, "set_gradients", lambda model, total, divisor: honest(model, total, -divisor))
+    honest = procedure.set_gradients
+    monkeypatch.setattr(procedure, "set_gradients", lambda model, total, divisor: honest(model, total, -divisor))
     assert not loss_falls()
 
 
@@ -94,7 +94,7 @@ def is_one_scale(ratios: Tensor) -> bool:
 def test_mutant_noise_on_the_mean_of_the_actual_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_one_scale(noise_of_updates(toy_records()))
     sizes: list[int] = []
-    honest_batch, honest_set = central.batch_on, central.set_gradients
+    honest_batch, honest_set = central.batch_on, procedure.set_gradients
 
     def spy(model: nn.Module, records: sf.Records, indices: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(len(indices))
@@ -102,7 +102,7 @@ def test_mutant_noise_on_the_mean_of_the_actual_batch_is_caught(monkeypatch: pyt
 
     monkeypatch.setattr(central, "batch_on", spy)
     monkeypatch.setattr(
-        central, "set_gradients", lambda model, total, divisor: honest_set(model, total, max(1, sizes[-1]))
+        procedure, "set_gradients", lambda model, total, divisor: honest_set(model, total, max(1, sizes[-1]))
     )
     assert not is_one_scale(noise_of_updates(toy_records()))
 

@@ -23,7 +23,7 @@ from sfumato.learning.procedure import (
     mean_loss,
     optimizer_state,
     restore_optimizer,
-    set_gradients,
+    take_step,
 )
 from sfumato.privacy.bounded import Bounded, Released
 from sfumato.privacy.budget import Unit
@@ -72,9 +72,7 @@ class Central(Procedure):
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
-        set_gradients(self._model, released["all"].value, self._plan.expected_batch)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        take_step(self._model, self._optimizer, [released["all"].value], self._plan.expected_batch)
 
     @override
     def plain(self, step: int) -> None:

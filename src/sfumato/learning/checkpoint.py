@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sfumato._files import replace_file
 from sfumato.errors import CheckpointError
 
 _VERSION = 1
@@ -42,14 +41,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            torch.save({"version": _VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, lambda file: torch.save({"version": _VERSION, **content}, file))
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint {path} cannot be written ({error.strerror}); choose another folder."
@@ -58,9 +51,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise CheckpointError(
             f"The checkpoint {path} cannot hold this model or optimiser ({str(error).splitlines()[0]}); train without one."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def check(path: Path, content: dict[str, Any]) -> None:

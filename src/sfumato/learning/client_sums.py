@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -21,10 +20,10 @@ from sfumato.learning.federated import (
     MakeOptimizer,
     check_federation,
     digest_of,
-    server_optimizer,
+    made_for,
     who_is_protected,
 )
-from sfumato.learning.procedure import Procedure, add_tensors, optimizer_state, restore_optimizer, set_gradients
+from sfumato.learning.procedure import Procedure, optimizer_state, restore_optimizer, take_step
 from sfumato.privacy.bounded import Bounded, Released
 
 
@@ -59,7 +58,7 @@ class ClientSums(Procedure):
         check_federation(federation)
         self._federation, self._work = federation, work
         self._names = list(federation.clients)
-        self._optimizer = server_optimizer(federation, make)
+        self._optimizer = made_for(federation.model, make)
         self.aggregation = noise or ServerNoise()
         self.aggregation.check_clients(len(self._names))
         if federation.plan.is_private and not (
@@ -95,10 +94,9 @@ class ClientSums(Procedure):
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
-        if not released:  # every client was lost, and with LocalNoise nobody else adds any
-            return
-        total = functools.reduce(add_tensors, (release.value for release in released.values()))
-        self._update(total, self._federation.plan.expected_batch)
+        # Empty if every client was lost and, with LocalNoise, nobody else adds any.
+        sums = (release.value for release in released.values())
+        take_step(self._federation.model, self._optimizer, sums, self._federation.plan.expected_batch)
 
     @override
     def plain(self, step: int) -> None:
@@ -108,16 +106,11 @@ class ClientSums(Procedure):
             weighted = (
                 {name: tensor * answer.weight for name, tensor in answer.value.items()} for answer in answers.values()
             )
-            self._update(functools.reduce(add_tensors, weighted), weight)
+            take_step(self._federation.model, self._optimizer, weighted, weight)
 
     def _plain_work(self, name: str) -> Vector:
         with running(self._federation.model, "on a client's records", quote=True):
             return self._work(name)
-
-    def _update(self, total: Mapping[str, Tensor], divisor: float) -> None:
-        set_gradients(self._federation.model, total, divisor)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
 
     @override
     def skip(self) -> None:

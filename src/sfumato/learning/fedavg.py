@@ -28,7 +28,7 @@ from sfumato.learning.federated import (
     start_draws,
     who_is_protected,
 )
-from sfumato.learning.procedure import Procedure, batch_on, mean_loss, optimizer_state, restore_optimizer, set_gradients
+from sfumato.learning.procedure import Procedure, batch_on, mean_loss, optimizer_state, restore_optimizer, take_step
 from sfumato.privacy.bounded import Bounded, Released
 
 _AS_IT_IS: MakeOptimizer = functools.partial(SGD, lr=1.0)
@@ -134,18 +134,17 @@ class _LocalPrivateSteps(Procedure):
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         plan = self._federation.plan
         for name, release in released.items():
-            set_gradients(self._models[name], release.value, plan.sampler.rate * self._sizes[name])
-            self._optimizers[name].step()
-            self._optimizers[name].zero_grad()
+            divisor = plan.sampler.rate * self._sizes[name]
+            take_step(self._models[name], self._optimizers[name], [release.value], divisor)
         if (step + 1) % self._algorithm.local_steps == 0 or step + 1 == plan.steps:
             self._average()
 
     def _average(self) -> None:
         total = sum(self._sizes.values())
+        local = [(trainable(self._models[name]), size / total) for name, size in self._sizes.items()]
         with torch.no_grad():
             for key, parameter in trainable(self._federation.model).items():
-                parts = [trainable(self._models[name])[key] * (size / total) for name, size in self._sizes.items()]
-                parameter.copy_(torch.stack(parts).sum(0))
+                parameter.copy_(torch.stack([weights[key] * share for weights, share in local]).sum(0))
         for name, model in self._models.items():
             model.load_state_dict(self._federation.model.state_dict())
             self._optimizers[name] = made_for(model, self._algorithm.local)

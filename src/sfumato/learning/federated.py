@@ -119,11 +119,6 @@ def who_is_protected(federation: Federation) -> tuple[str, ...]:
     )
 
 
-def server_optimizer(federation: Federation, make: MakeOptimizer) -> Optimizer:
-    """Return the server's optimiser over the trainable parameters."""
-    return made_for(federation.model, make)
-
-
 def made_for(model: nn.Module, make: MakeOptimizer) -> Optimizer:
     """Return a checked optimiser over the trainable parameters of `model`."""
     optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])

@@ -21,18 +21,17 @@ from sfumato.learning.federated import (
     MakeOptimizer,
     check_federation,
     digest_of,
-    server_optimizer,
+    made_for,
     start_draws,
     who_is_protected,
 )
 from sfumato.learning.procedure import (
     Procedure,
-    add_tensors,
     batch_on,
     mean_loss,
     optimizer_state,
     restore_optimizer,
-    set_gradients,
+    take_step,
 )
 from sfumato.privacy.bounded import Bounded, Released
 
@@ -85,7 +84,7 @@ class _RecordSums(Procedure):
         check_federation(federation)
         self._federation = federation
         self._names = list(federation.clients)
-        self._optimizer = server_optimizer(federation, make)
+        self._optimizer = made_for(federation.model, make)
         self._draws = start_draws(federation, {})
         self.aggregation = noise or ServerNoise()
         self.aggregation.check_clients(len(self._names))
@@ -110,12 +109,9 @@ class _RecordSums(Procedure):
         return self._part(self._names[0], torch.zeros(1, dtype=torch.int64)).bounded
 
     def apply(self, released: Mapping[str, Released], step: int) -> None:
-        if not released:  # every client was lost, and with LocalNoise nobody else adds any
-            return
-        total = functools.reduce(add_tensors, (release.value for release in released.values()))
-        set_gradients(self._federation.model, total, self._federation.plan.expected_batch)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        # Empty if every client was lost and, with LocalNoise, nobody else adds any.
+        sums = (release.value for release in released.values())
+        take_step(self._federation.model, self._optimizer, sums, self._federation.plan.expected_batch)
 
     def plain(self, step: int) -> None:
         batches = {name: self._draws[name].batch(step) for name in self._names}

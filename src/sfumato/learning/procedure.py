@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -81,9 +81,15 @@ def set_gradients(model: nn.Module, total: Tensors, divisor: float) -> None:
         parameter.grad = (total[name] / divisor).to(dtype=parameter.dtype, device=parameter.device)
 
 
-def add_tensors(left: Tensors, right: Tensors) -> dict[str, Tensor]:
-    """Return the sum of two sets of named tensors."""
-    return {name: tensor + right[name] for name, tensor in left.items()}
+def take_step(model: nn.Module, optimizer: Optimizer, sums: Iterable[Tensors], divisor: float) -> None:
+    """Let the optimiser take one step on the total of `sums` over `divisor`; without any sum, do nothing."""
+    total: Tensors = {}
+    for one in sums:
+        total = {name: tensor + total[name] for name, tensor in one.items()} if total else one
+    if total:
+        set_gradients(model, total, divisor)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:

@@ -255,6 +255,10 @@ class Training(Iterator[Step]):
                     f"The checkpoint {path} exists already; pass resume=True to go on with it, or another path."
                 )
             return
+        if self.plan.is_private and not self._source.is_secure:
+            raise CheckpointError(
+                "A seeded source would repeat the noise that was drawn before the pause; resume with a secure source."
+            )
         content = checkpoints.read(path)
         if content["plan"] != self._fingerprint():
             raise CheckpointError(
@@ -275,10 +279,6 @@ class Training(Iterator[Step]):
             raise CheckpointError(
                 f"The checkpoint {path} belongs to another model or optimiser: {str(error).splitlines()[0]}"
             ) from error
-        if self.plan.is_private and not self._source.is_secure:
-            raise CheckpointError(
-                "A seeded source would repeat the noise that was drawn before the pause; resume with a secure source."
-            )
         self._position = self._saved_at = content["position"]
         self._run = content["run"]
         self._secret = self._secret and content["secret"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -26,6 +23,7 @@ from pydantic import (
 )
 
 from sfumato import _checks
+from sfumato._files import replace_file
 from sfumato.data.schema import validated
 from sfumato.errors import InputError
 from sfumato.privacy.budget import Relation, Unit
@@ -322,20 +320,12 @@ def write_text_atomically(path: Path, text: str) -> Path:
     Raises:
         InputError: the folder is missing or the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror}); choose a folder that exists and is writable."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
 
 
