@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sfumato.data.sources import load
     from sfumato.engines.simulation import Simulation
     from sfumato.errors import SfumatoError
+    from sfumato.gradients.compute import Compute
     from sfumato.learning.aggregation import LocalNoise, ServerNoise, SharedNoise
     from sfumato.learning.api import federate, rounds, steps, train
     from sfumato.learning.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Budget": "sfumato.privacy.budget",
     "Checkpoint": "sfumato.learning.checkpoint",
+    "Compute": "sfumato.gradients.compute",
     "FedAvg": "sfumato.learning.fedavg",
     "FedSGD": "sfumato.learning.fedsgd",
     "FullBatch": "sfumato.data.sampling",
@@ -60,6 +62,7 @@ _HOMES = {
 __all__ = [
     "Budget",
     "Checkpoint",
+    "Compute",
     "FedAvg",
     "FedSGD",
     "FullBatch",

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.gradients.clipping import MAX_UNITS, clip_factors, clip_vector
+from sfumato.gradients.clipping import MAX_UNITS, Clipping, clip_factors, clip_vector
 
 CLIP = st.floats(min_value=1e-6, max_value=1e6)
 ANY = st.floats(allow_nan=True, allow_infinity=True)
@@ -68,7 +68,7 @@ def test_no_units_get_no_factors() -> None:
 @given(first=st.lists(ANY, min_size=1, max_size=6), second=st.lists(ANY, min_size=1, max_size=6), clip=CLIP)
 def test_any_vector_at_all_is_bounded_by_the_clip_norm(first: list[float], second: list[float], clip: float) -> None:
     vector = {name: torch.tensor(v, dtype=torch.float64) for name, v in (("a", first), ("b", second))}
-    bounded, finite = clip_vector(vector, clip)
+    bounded, finite = clip_vector(vector, Clipping(clip))
     clipped = torch.cat([bounded.value["a"], bounded.value["b"]])
     assert bounded.norm_bound == clip
     assert float(clipped.norm()) <= clip
@@ -83,7 +83,7 @@ def test_any_vector_at_all_is_bounded_by_the_clip_norm(first: list[float], secon
 def test_clipping_keeps_the_direction_and_the_argument(values: list[float], clip: float) -> None:
     given_ = torch.tensor(values, dtype=torch.float64)
     before = given_.clone()
-    bounded, finite = clip_vector({"a": given_}, clip)
+    bounded, finite = clip_vector({"a": given_}, Clipping(clip))
     assert finite
     assert torch.equal(given_, before)
     norm = float(before.norm())
@@ -92,7 +92,7 @@ def test_clipping_keeps_the_direction_and_the_argument(values: list[float], clip
 
 
 def test_single_precision_is_clipped_in_double() -> None:
-    bounded, finite = clip_vector({"a": torch.full((4,), 3e38)}, 1.0)
+    bounded, finite = clip_vector({"a": torch.full((4,), 3e38)}, Clipping(1.0))
     assert finite
     assert bounded.value["a"].dtype is torch.float64
     assert 0.999 < float(bounded.value["a"].norm()) < 1

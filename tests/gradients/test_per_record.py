@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.errors import InputError, UnsupportedModelError
-from sfumato.gradients.per_record import ClippedSum, clipped_gradient_sum
+from sfumato.gradients.clipped import ClippedSum
+from sfumato.gradients.clipping import Clipping
+from sfumato.gradients.per_record import clipped_gradient_sum
 from sfumato.privacy.randomness import SeededSource
 
 few = settings(max_examples=25, deadline=None)
@@ -50,7 +52,7 @@ def naive(model: nn.Module, features: Tensor, targets: Tensor, clip: float) -> d
 
 
 def clipped(model: nn.Module, features: Tensor, targets: Tensor, clip: float, **more: int) -> ClippedSum:
-    return clipped_gradient_sum(model, F.cross_entropy, features, targets, clip_norm=clip, **more)
+    return clipped_gradient_sum(model, F.cross_entropy, features, targets, clipping=Clipping(clip), **more)
 
 
 def flat(result: ClippedSum) -> Tensor:
@@ -171,7 +173,7 @@ def test_each_record_draws_its_own_dropout_mask() -> None:
             return F.dropout(x * self.weight, 0.5, self.training).sum(1)
 
     features = torch.ones(40, 64, dtype=torch.float64)
-    result = clipped_gradient_sum(Masked(), lambda out, _: out.sum(), features, torch.zeros(40), clip_norm=1e6)
+    result = clipped_gradient_sum(Masked(), lambda out, _: out.sum(), features, torch.zeros(40), clipping=Clipping(1e6))
     # One mask for all would leave every coordinate at 0 or at 2 * 40.
     hits = result.bounded.value["weight"] / 2
     assert bool(((hits > 0) & (hits < 40)).all())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sfumato as sf
 from sfumato.data import sampling
 from sfumato.errors import PlanError, SelfCheckError
-from sfumato.gradients import per_record
+from sfumato.gradients import clipping
 from sfumato.learning import aggregation, central, procedure
 from sfumato.privacy import events, mechanisms
 from sfumato.privacy.bounded import Bounded, Released
@@ -46,7 +46,7 @@ def test_mutant_clip_off_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_clipping(squared: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
         return torch.ones_like(squared), torch.zeros_like(squared, dtype=torch.bool)
 
-    monkeypatch.setattr(per_record, "clip_factors", no_clipping)
+    monkeypatch.setattr(clipping, "clip_factors", no_clipping)
     with pytest.raises(SelfCheckError, match="above the clip norm"):
         run(toy_plan(steps=2, clip=0.01))
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import final
+
 import torch
 from torch import Tensor
 
+from sfumato import _checks
+from sfumato.errors import InputError
 from sfumato.privacy.bounded import Bounded, Tensors
 
 MAX_UNITS = 2**20
@@ -43,14 +49,84 @@ def clip_factors(squared_norms: Tensor, clip_norm: float) -> tuple[Tensor, Tenso
     return factors, ~finite
 
 
-def clip_vector(vector: Tensors, clip_norm: float) -> tuple[Bounded, bool]:
-    """Return one unit's named tensors clipped to norm `clip_norm`, float64, and whether they were finite.
+KINDS = ("flat", "per-layer", "normalised")
+_STABILITY = 0.01  # Bu et al. 2022, who find it good everywhere
+
+
+@final
+@dataclass(frozen=True)
+class Clipping:
+    """How much of each record's gradient enters a sum. Whatever the kind, one record moves the sum by at most `norm`.
+
+    - "flat": the whole gradient is scaled to norm at most C (Abadi et al. 2016);
+    - "per-layer": the gradient of each of K layers is scaled to norm at most C / sqrt(K) (McMahan et al. 2018);
+    - "normalised": the whole gradient g becomes C * g / (norm(g) + 0.01), so that no clip norm has to be tuned against the
+      size of gradients (automatic clipping, Bu et al. 2022).
+
+    Args:
+        norm: C > 0.
+        kind: One of the three.
+
+    Raises:
+        InputError: the kind is unknown, or the norm is not positive.
+    """
+
+    norm: float
+    kind: str = "flat"
+
+    def __post_init__(self) -> None:
+        _checks.positive("clip norm", self.norm)
+        check_kind(self.kind)
+
+    def factors(
+        self, squared: Mapping[str, Tensor], parameters: Iterable[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+        """Return each parameter's factor for each record, and which records are not finite (all their factors are 0).
+
+        Args:
+            squared: Squared norms by parameter, shape (records,), float64, of at least one parameter.
+            parameters: The names of all trained parameters, which decide the number of layers.
+        """
+        total = torch.stack(list(squared.values())).sum(0)
+        broken = ~torch.isfinite(total)
+        if self.kind == "normalised":
+            factors = self.norm * _MARGIN / (total.sqrt() + _STABILITY)
+            return dict.fromkeys(squared, torch.where(broken, 0.0, factors)), broken
+        if self.kind == "flat":
+            return dict.fromkeys(squared, clip_factors(total, self.norm)[0]), broken
+        layers = len({_layer(name) for name in parameters})
+        by_layer: dict[str, Tensor] = {}
+        for name, values in squared.items():
+            by_layer[_layer(name)] = by_layer[_layer(name)] + values if _layer(name) in by_layer else values
+        each = {
+            layer: torch.where(broken, 0.0, clip_factors(values, self.norm / layers**0.5)[0])
+            for layer, values in by_layer.items()
+        }
+        return {name: each[_layer(name)] for name in squared}, broken
+
+
+def clip_vector(vector: Tensors, clipping: Clipping) -> tuple[Bounded, bool]:
+    """Return one unit's named tensors clipped as a whole, float64, and whether they were finite.
 
     A vector that is not finite becomes zero (see `clip_factors`).
     """
     wide = {name: tensor.detach().to(torch.float64) for name, tensor in vector.items()}
-    squared = torch.stack([tensor.square().sum() for tensor in wide.values()]).sum().reshape(1)
-    factors, broken = clip_factors(squared, clip_norm)
+    factors, broken = clipping.factors({n: tensor.square().sum().reshape(1) for n, tensor in wide.items()}, wide)
     if bool(broken):
-        return Bounded({name: torch.zeros_like(tensor) for name, tensor in wide.items()}, clip_norm), False
-    return Bounded({name: tensor * factors[0] for name, tensor in wide.items()}, clip_norm), True
+        return Bounded({name: torch.zeros_like(tensor) for name, tensor in wide.items()}, clipping.norm), False
+    return Bounded({name: tensor * factors[name][0] for name, tensor in wide.items()}, clipping.norm), True
+
+
+def check_kind(kind: str) -> str:
+    """Return the kind of clipping if it is known.
+
+    Raises:
+        InputError: names the nearest known kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f'There is no clipping "{kind}".{_checks.did_you_mean(kind, KINDS)}')
+    return kind
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]

@@ -6,35 +6,16 @@ against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sfumato.errors import UnsupportedModelError
-from sfumato.gradients.clipping import MAX_UNITS, clip_factors
+from sfumato.gradients.clipped import ClippedSum, Loss
+from sfumato.gradients.clipping import MAX_UNITS, Clipping
 from sfumato.gradients.support import check_model, running, trainable
 from sfumato.privacy.bounded import Bounded
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Maps (outputs, targets) of a batch to the loss; it is always called with a batch of one record."""
-
-
-@final
-@dataclass(frozen=True)
-class ClippedSum:
-    """The clipped gradients of a batch, added up.
-
-    Attributes:
-        bounded: The sum; one record moves it by at most the clip norm.
-        nonfinite: How many records had a NaN or infinite gradient and added zero. Private: not covered by any budget.
-    """
-
-    bounded: Bounded
-    nonfinite: int
 
 
 def clipped_gradient_sum(
@@ -43,12 +24,13 @@ def clipped_gradient_sum(
     features: Tensor,
     targets: Tensor,
     *,
-    clip_norm: float,
+    clipping: Clipping,
     microbatch: int = 256,
+    views: bool = False,
 ) -> ClippedSum:
-    """Return the sum over records of min(1, clip_norm / norm) * gradient.
+    """Return the sum of the records' clipped gradients.
 
-    **Guarantee**: adding or removing one record moves the sum by at most `clip_norm` in l2 norm over all trainable
+    **Guarantee**: adding or removing one record moves the sum by at most `clipping.norm` in l2 norm over all trainable
     parameters together, whatever that record holds. The rounding of the float64 sum is covered; the rounding inside the
     model is not: float kernels may round one record differently beside others, which moves a smooth model by about
     1e-6 of the clip norm a record, and an input that lies on the very edge of a ReLU by more.
@@ -65,10 +47,11 @@ def clipped_gradient_sum(
     Args:
         model: Any module that `check_model` accepts; it is not changed.
         loss: Called as loss(outputs, targets) with one record at a time, outputs of shape (1, ...).
-        features: Shape (batch, ...).
+        features: Shape (batch, ...), or (batch, views, ...).
         targets: Shape (batch, ...).
-        clip_norm: C > 0.
+        clipping: How records are clipped, and at which norm.
         microbatch: Records whose gradients are held in memory at once; it never changes the result beyond rounding.
+        views: Whether features hold several views of each record: the loss is then their mean.
 
     Raises:
         UnsupportedModelError: the model mixes records, or cannot be run one record at a time.
@@ -82,6 +65,10 @@ def clipped_gradient_sum(
     total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
 
     def loss_of_one(weights: dict[str, Tensor], feature: Tensor, target: Tensor) -> Tensor:
+        if views:
+            outputs = functional_call(model, (weights, frozen), (feature,))
+            losses = loss(outputs, target.expand(len(feature), *target.shape))
+            return losses if losses.dim() == 0 else losses.mean()
         outputs = functional_call(model, (weights, frozen), (feature.unsqueeze(0),))
         return loss(outputs, target.unsqueeze(0)).sum()
 
@@ -90,13 +77,14 @@ def clipped_gradient_sum(
     nonfinite = 0
     for start in range(0, len(features), microbatch):
         part = slice(start, start + microbatch)
-        with running(model, "one record at a time", quote=False):
+        # The fused attention kernels have no batched form, and torch would warn.
+        with running(model, "one record at a time", quote=False), sdpa_kernel(SDPBackend.MATH):
             gradients = per_record(detached, features[part], targets[part])
-        squared = torch.stack([g.to(torch.float64).flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
-        factors, broken = clip_factors(squared, clip_norm)
+        squared = {n: g.to(torch.float64).reshape(len(g), -1).square().sum(1) for n, g in gradients.items()}
+        factors, broken = clipping.factors(squared, parameters)
         nonfinite += int(broken.sum())
         for name, gradient in gradients.items():
             # 0 * NaN is NaN, so broken records are taken out before the weighted sum.
             kept = torch.where(broken.view(-1, *[1] * (gradient.dim() - 1)), 0.0, gradient.to(torch.float64))
-            total[name] += torch.tensordot(factors, kept, dims=1)
-    return ClippedSum(Bounded(total, clip_norm), nonfinite)
+            total[name] += torch.tensordot(factors[name], kept, dims=1)
+    return ClippedSum(Bounded(total, clipping.norm), nonfinite)

@@ -9,8 +9,10 @@ from torch.optim import Optimizer
 
 from sfumato.data.records import Records
 from sfumato.errors import LostClientsError
-from sfumato.gradients.per_record import Loss
+from sfumato.gradients.clipped import Loss
+from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.learning.aggregation import Aggregation
+from sfumato.learning.augmentation import Augment
 from sfumato.learning.central import Central
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.federated import Algorithm, Engine, Federation
@@ -23,7 +25,8 @@ from sfumato.privacy.randomness import RandomSource, SecureSource
 def steps(
     model: nn.Module, records: Records, plan: Plan, *, loss: Loss, optimizer: Optimizer,
     ledger: Ledger | None = None, dataset: str | None = None, purpose: str = "training", by: str | None = None,
-    source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
+    source: RandomSource | None = None, checkpoint: Checkpoint | None = None, compute: Compute = DEFAULT,
+    augment: Augment | None = None,
 ) -> Training:  # fmt: skip
     """Return the training of one model on one curator's records, to be stepped through.
 
@@ -41,12 +44,14 @@ def steps(
         by: Who trains; by default the user's login.
         source: Randomness for sampling and noise; by default a fresh secure source.
         checkpoint: Where to save; needs a ledger on disk if the plan is private.
+        compute: Speed knobs, which change nothing but rounding.
+        augment: Maps one record's features (...) to its views (views, ...); their mean gradient is clipped once.
 
     Raises:
         SfumatoError: one of its kinds, each with the fix; a refusal before the first noise costs nothing.
     """
     source = source or SecureSource()
-    procedure = Central(model, records, plan, loss, optimizer, source)
+    procedure = Central(model, records, plan, loss, optimizer, source, compute, augment)
     account = Account(dataset or records.name, ledger, purpose, by)
     return Training(model, plan, procedure, account, source, checkpoint)
 
@@ -54,13 +59,13 @@ def steps(
 def train(
     model: nn.Module, records: Records, plan: Plan, *, loss: Loss, optimizer: Optimizer,
     ledger: Ledger | None = None, dataset: str | None = None, purpose: str = "training", by: str | None = None,
-    source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    source: RandomSource | None = None, checkpoint: Checkpoint | None = None, compute: Compute = DEFAULT,
+    augment: Augment | None = None, on_step: Callable[[Step], None] | None = None,
 ) -> TrainingResult:  # fmt: skip
     """Train to the end of the plan: `steps`, run through. `on_step` is called after every step."""
     training = steps(
         model, records, plan, loss=loss, optimizer=optimizer, ledger=ledger, dataset=dataset, purpose=purpose, by=by,
-        source=source, checkpoint=checkpoint,
+        source=source, checkpoint=checkpoint, compute=compute, augment=augment,
     )  # fmt: skip
     return _finish(training, on_step)
 
@@ -70,6 +75,7 @@ def rounds(
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
+    compute: Compute = DEFAULT,
 ) -> Training:  # fmt: skip
     """Return the training of one model by a federation, to be stepped through.
 
@@ -88,12 +94,13 @@ def rounds(
         by: Who trains.
         source: Randomness for sampling and noise.
         checkpoint: As for `steps`.
+        compute: As for `steps`.
 
     Raises:
         SfumatoError: one of its kinds, each with the fix.
     """
     source = source or SecureSource()
-    federation = Federation(model, clients, plan, loss, engine, source, populations)
+    federation = Federation(model, clients, plan, loss, engine, source, populations, compute)
     account = Account(dataset, ledger, purpose, by)
     return Training(model, plan, algorithm.procedure(federation, noise), account, source, checkpoint)
 
@@ -103,12 +110,12 @@ def federate(
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    compute: Compute = DEFAULT, on_step: Callable[[Step], None] | None = None,
 ) -> TrainingResult:  # fmt: skip
     """Train to the end of the plan: `rounds`, run through. `on_step` is called after every round."""
     training = rounds(
         model, clients, plan, algorithm=algorithm, engine=engine, loss=loss, noise=noise, populations=populations,
-        ledger=ledger, dataset=dataset, purpose=purpose, by=by, source=source, checkpoint=checkpoint,
+        ledger=ledger, dataset=dataset, purpose=purpose, by=by, source=source, checkpoint=checkpoint, compute=compute,
     )  # fmt: skip
     return _finish(training, on_step)
 

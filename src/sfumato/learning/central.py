@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from sfumato.data.records import Records
 from sfumato.errors import PlanError
-from sfumato.gradients.per_record import ClippedSum, Loss, clipped_gradient_sum
-from sfumato.gradients.support import check_model, running
+from sfumato.gradients.clipped import ClippedSum, Loss
+from sfumato.gradients.compute import Compute
+from sfumato.gradients.private import PrivateGradient
+from sfumato.gradients.support import running
 from sfumato.learning.aggregation import ServerNoise
+from sfumato.learning.augmentation import Augment, views_of
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import (
     Procedure,
@@ -35,22 +38,18 @@ class Central(Procedure):
     """Each step: draw a batch, sum its clipped gradients, and hand the noised sum over the expected batch to the optimiser."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        records: Records,
-        plan: Plan,
-        loss: Loss,
-        optimizer: Optimizer,
-        source: RandomSource,
-    ) -> None:
+        self, model: nn.Module, records: Records, plan: Plan, loss: Loss, optimizer: Optimizer, source: RandomSource,
+        compute: Compute, augment: Augment | None,
+    ) -> None:  # fmt: skip
         if plan.is_private and plan.budget.unit is not Unit.RECORD:
             raise PlanError(
                 'One curator\'s training protects records; for unit "client" use federate over records.by_owner().'
             )
-        if plan.is_private:
-            check_model(model)
         check_optimizer(model, optimizer)
         self._model, self._records, self._plan, self._loss = model, records, plan, loss
+        self._augment = augment
+        if plan.is_private:
+            self._gradient = PrivateGradient(model, loss, plan.clipper, compute=compute, views=augment is not None)
         self._optimizer, self._source = optimizer, source
         self._draws = plan.sampler.start(len(records), source)
         self.aggregation = ServerNoise()
@@ -58,8 +57,7 @@ class Central(Procedure):
 
     @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
-        features, targets = batch_on(self._model, self._records, self._draws.batch(step))
-        return {"all": clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip)}
+        return {"all": self._gradient.sum(*self._batch(self._draws.batch(step)))}
 
     @override
     def asked(self, step: int) -> int:
@@ -67,8 +65,7 @@ class Central(Procedure):
 
     @override
     def probe(self) -> Bounded:
-        features, targets = batch_on(self._model, self._records, torch.zeros(1, dtype=torch.int64))
-        return clipped_gradient_sum(self._model, self._loss, features, targets, clip_norm=self._plan.clip).bounded
+        return self._gradient.sum(*self._batch(torch.zeros(1, dtype=torch.int64))).bounded
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
@@ -79,11 +76,18 @@ class Central(Procedure):
         indices = self._draws.batch(step)
         if not len(indices):
             return
-        features, targets = batch_on(self._model, self._records, indices)
+        features, targets = self._batch(indices)
+        if self._augment is not None:
+            targets = targets.repeat_interleave(features.shape[1], 0)
+            features = features.flatten(0, 1)
         self._optimizer.zero_grad()
         with running(self._model, "on a batch", quote=True):
-            mean_loss(self._loss(self._model(features), targets)).backward()  # type: ignore[no-untyped-call]
+            mean_loss(self._loss(self._model(features), targets)).backward()
         self._optimizer.step()
+
+    def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        features, targets = batch_on(self._model, self._records, indices)
+        return (features if self._augment is None else views_of(features, self._augment)), targets
 
     @override
     def skip(self) -> None:

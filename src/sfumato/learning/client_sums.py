@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from sfumato.data.sampling import FullBatch
 from sfumato.errors import PlanError
+from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.clipping import clip_vector
-from sfumato.gradients.per_record import ClippedSum
 from sfumato.gradients.support import running
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.federated import (
@@ -81,7 +81,7 @@ class ClientSums(Procedure):
     def _part(self, name: str) -> ClippedSum:
         with running(self._federation.model, "on a client's records", quote=False):
             vector = self._work(name)
-        bounded, finite = clip_vector(vector.value, self._federation.plan.clip)
+        bounded, finite = clip_vector(vector.value, self._federation.plan.clipper)
         return ClippedSum(bounded, 0 if finite else 1)
 
     @override

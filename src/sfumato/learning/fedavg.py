@@ -14,7 +14,8 @@ from torch.optim import SGD
 
 from sfumato import _checks
 from sfumato.errors import PlanError
-from sfumato.gradients.per_record import ClippedSum, clipped_gradient_sum
+from sfumato.gradients.clipped import ClippedSum
+from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.support import trainable
 from sfumato.learning.aggregation import Aggregation, LocalNoise
 from sfumato.learning.client_sums import ClientSums, Vector
@@ -93,7 +94,7 @@ def _update(federation: Federation, algorithm: FedAvg, name: str) -> Vector:
         indices, order = order[:size], order[size:]
         features, targets = batch_on(scratch, records, indices)
         optimizer.zero_grad()
-        mean_loss(federation.loss(scratch(features), targets)).backward()  # type: ignore[no-untyped-call]
+        mean_loss(federation.loss(scratch(features), targets)).backward()
         optimizer.step()
     moved = {key: start[key].detach() - parameter.detach() for key, parameter in trainable(scratch).items()}
     return Vector(moved, len(records))
@@ -109,6 +110,10 @@ class _LocalPrivateSteps(Procedure):
         self._sizes = _declared(federation)
         self._draws = start_draws(federation, {})
         self._models = {name: copy.deepcopy(federation.model) for name in federation.clients}
+        self._gradients = {
+            name: PrivateGradient(model, federation.loss, federation.plan.clipper, compute=federation.compute)
+            for name, model in self._models.items()
+        }
         self._optimizers = {name: made_for(model, algorithm.local) for name, model in self._models.items()}
         self.aggregation = LocalNoise()
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
@@ -119,11 +124,8 @@ class _LocalPrivateSteps(Procedure):
         return self._federation.engine.run(lambda name: self._part(name, batches[name]), names, step)
 
     def _part(self, name: str, indices: Tensor) -> ClippedSum:
-        model = self._models[name]
-        features, targets = batch_on(model, self._federation.clients[name], indices)
-        return clipped_gradient_sum(
-            model, self._federation.loss, features, targets, clip_norm=self._federation.plan.clip
-        )
+        features, targets = batch_on(self._models[name], self._federation.clients[name], indices)
+        return self._gradients[name].sum(features, targets)
 
     def asked(self, step: int) -> int:
         return len(self._federation.clients)

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from sfumato.data.records import Records
 from sfumato.data.sampling import Shuffled
 from sfumato.errors import InputError, PlanError
-from sfumato.gradients.per_record import Loss
+from sfumato.gradients.clipped import Loss
+from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.gradients.support import check_model
 from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.plan import Plan
@@ -58,6 +59,7 @@ class Federation:
         engine: Where clients run.
         source: Randomness for sampling and noise.
         populations: Declared, public number of records of each client, where an algorithm needs it.
+        compute: Speed knobs.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class Federation:
     engine: Engine
     source: RandomSource
     populations: Mapping[str, int] | None = None
+    compute: Compute = DEFAULT
 
     @property
     def protects_clients(self) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from sfumato.gradients.per_record import ClippedSum, clipped_gradient_sum
+from sfumato.gradients.clipped import ClippedSum
+from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.client_sums import ClientSums, Vector
@@ -85,6 +86,11 @@ class _RecordSums(Procedure):
         self._federation = federation
         self._names = list(federation.clients)
         self._optimizer = made_for(federation.model, make)
+        plan = federation.plan
+        if plan.is_private:
+            self._gradient = PrivateGradient(
+                federation.model, federation.loss, plan.clipper, compute=federation.compute
+            )
         self._draws = start_draws(federation, {})
         self.aggregation = noise or ServerNoise()
         self.aggregation.check_clients(len(self._names))
@@ -98,9 +104,7 @@ class _RecordSums(Procedure):
     def _part(self, name: str, indices: Tensor) -> ClippedSum:
         federation = self._federation
         features, targets = batch_on(federation.model, federation.clients[name], indices)
-        return clipped_gradient_sum(
-            federation.model, federation.loss, features, targets, clip_norm=federation.plan.clip
-        )
+        return self._gradient.sum(features, targets)
 
     def asked(self, step: int) -> int:
         return len(self._names)
@@ -122,7 +126,7 @@ class _RecordSums(Procedure):
             if size:
                 with running(self._federation.model, "on a client's records", quote=True):
                     loss = _loss_on(self._federation, self._federation.model, name, batches[name])
-                    (loss * (size / total)).backward()  # type: ignore[no-untyped-call]
+                    (loss * (size / total)).backward()
         if total:
             self._optimizer.step()
 

@@ -11,6 +11,7 @@ from typing import Any
 from sfumato import _checks
 from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
 from sfumato.errors import AccountingError, PlanError
+from sfumato.gradients.clipping import Clipping, check_kind
 from sfumato.privacy import accounting, calibration, events
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.mechanisms import LARGEST_MULTIPLIER
@@ -36,6 +37,7 @@ class Plan:
         noise_multiplier: Noise std over sensitivity; 0 without privacy.
         steps: Number of noised sums.
         population: The declared, public number of units; never read off the data.
+        clipping: How one unit's part is clipped: "flat", "per-layer" or "normalised"; see `Clipping`.
 
     Raises:
         PlanError: the plan would cost more than its budget, or its parts contradict one another.
@@ -48,8 +50,10 @@ class Plan:
     noise_multiplier: float
     steps: int
     population: int
+    clipping: str = "flat"
 
     def __post_init__(self) -> None:
+        check_kind(self.clipping)
         _checks.count("steps", self.steps)
         self.budget.check_population(self.population)
         if not self.budget.is_private:
@@ -76,6 +80,7 @@ class Plan:
     def calibrate(
         cls, budget: Budget, *, population: int, batch_size: int, steps: int | None = None,
         epochs: float | None = None, clip: float = 1.0, sampling: str = "poisson",
+        clipping: str = "flat",
     ) -> Plan:  # fmt: skip
         """Return the plan with the least noise that keeps `budget`.
 
@@ -87,6 +92,7 @@ class Plan:
             epochs: Passes over the population.
             clip: Norm at which one unit's part is clipped.
             sampling: "poisson", "shuffled" (fixed batches, no amplification) or "full-batch".
+            clipping: "flat", "per-layer" or "normalised"; see `Clipping`. The cost is the same.
 
         Raises:
             PlanError: no noise keeps the budget, or the arguments contradict one another.
@@ -98,9 +104,9 @@ class Plan:
         count = _steps(steps, epochs, population, batch_size)
         budget.check_population(population)
         if not budget.is_private:
-            return cls(budget, sampler, math.inf, 0.0, count, population)
+            return cls(budget, sampler, math.inf, 0.0, count, population, clipping)
         found = calibration.calibrate(lambda noise: sampler.event(noise, count), budget)
-        return cls(budget, sampler, clip, found.noise_multiplier, count, population)
+        return cls(budget, sampler, clip, found.noise_multiplier, count, population, clipping)
 
     @classmethod
     def without_privacy(
@@ -121,6 +127,11 @@ class Plan:
     def is_private(self) -> bool:
         """Whether the plan promises anything."""
         return self.budget.is_private
+
+    @property
+    def clipper(self) -> Clipping:
+        """How one unit's part is clipped, and at which norm."""
+        return Clipping(self.clip, self.clipping)
 
     @property
     def expected_batch(self) -> float:
@@ -172,6 +183,7 @@ class Plan:
             "relation": str(self.budget.relation),
             "sampling": {"kind": self.sampler.kind, "rate": self.sampler.rate},
             "clip_norm": _finite(self.clip),
+            "clipping": self.clipping,
             "noise_multiplier": self.noise_multiplier,
             "steps": self.steps,
             "population": self.population,

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from sfumato.data.records import Records
 from sfumato.errors import UnsupportedModelError
-from sfumato.gradients.per_record import ClippedSum
+from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.support import trainable
 from sfumato.learning.aggregation import Aggregation
 from sfumato.privacy.bounded import Bounded, Released, Tensors

@@ -1,0 +1,34 @@
+"""Speed knobs: what they are set to never changes what is computed, beyond rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from sfumato import _checks
+
+
+@final
+@dataclass(frozen=True)
+class Compute:
+    """How gradients are computed, apart from the mathematics.
+
+    Args:
+        memory_mb: Megabytes that the records of one microbatch may take up at most. By default a microbatch takes no more than
+            plain training on the whole batch would.
+        autocast: Whether the model's forward runs in bfloat16 where torch deems it safe (`torch.autocast`). Norms and
+            sums are taken in float32 all the same.
+
+    Raises:
+        InputError: memory_mb is not a positive number.
+    """
+
+    memory_mb: float | None = None
+    autocast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory_mb is not None:
+            _checks.positive("memory_mb", self.memory_mb)
+
+
+DEFAULT = Compute()

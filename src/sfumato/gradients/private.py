@@ -1,0 +1,165 @@
+"""The fast path: exact clipped sums at nearly the price of a plain gradient.
+
+One forward, one backward that stops at the layers' outputs (`tape`), norms from what the layers saw (`terms`), one weighted
+sum. `per_record` is the oracle that it is tested against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UnsupportedModelError
+from sfumato.gradients.clipped import ClippedSum, Loss
+from sfumato.gradients.clipping import MAX_UNITS, Clipping
+from sfumato.gradients.compute import DEFAULT, Compute
+from sfumato.gradients.rules import RULES, TOGETHER, otherwise
+from sfumato.gradients.strategies import CHOICES
+from sfumato.gradients.support import check_model, trainable
+from sfumato.gradients.tape import Tape
+from sfumato.gradients.terms.held import added
+from sfumato.gradients.terms.term import Part, Term
+from sfumato.privacy.bounded import Bounded
+
+_FIRST = 8  # records of the first microbatch, which tells how much memory a record takes
+_MOST = 2**28  # bytes that a microbatch takes at most unless told: beyond, nothing gets faster
+
+
+@final
+class PrivateGradient:
+    """Sums of clipped per-record gradients of one model and loss.
+
+    **Guarantee**: as `per_record.clipped_gradient_sum`: adding or removing one record moves the sum by at most the clip
+    norm, whatever it holds. Records cannot meet inside the model, because it runs under vmap. The rounding of sums in
+    the model's own number type is not covered beyond what `terms.term` and `clipping` say.
+
+    **Edge cases**
+
+    | case | what it adds |
+    | --- | --- |
+    | empty batch | zero |
+    | a record whose gradient is NaN or infinite | zero, and is counted |
+    | a parameter that the output does not depend on | zero |
+    | random layers (dropout) | each record draws its own mask |
+    | a layer without a rule | its exact gradients by the reference path, for that operation alone |
+
+    Args:
+        model: Any module that `check_model` accepts. It is not changed: no hooks, no wrappers, no attributes.
+        loss: Called as loss(outputs, targets) with one record at a time.
+        clipping: How records are clipped, and at which norm.
+        compute: Speed knobs.
+        views: Whether features hold several views of each record, shape (batch, views, ...): the loss is then their mean, and
+            the record is clipped once (De et al. 2022).
+
+    Raises:
+        UnsupportedModelError: names the module or operation, and the fix.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, clipping: Clipping, *, compute: Compute = DEFAULT, views: bool = False
+    ) -> None:  # fmt: skip
+        check_model(model)
+        self._model, self._loss, self._clipping = model, loss, clipping
+        self._compute, self._views = compute, views
+        self._bytes_per_record: float | None = None
+        self._plain_per_record = 0.0
+
+    def sum(self, features: Tensor, targets: Tensor) -> ClippedSum:
+        """Return the clipped sum.
+
+        Args:
+            features: Shape (batch, ...), or (batch, views, ...).
+            targets: Shape (batch, ...).
+        """
+        count = len(features)
+        if count > MAX_UNITS:
+            raise UnsupportedModelError(f"A batch may hold at most {MAX_UNITS} records; lower the batch size.")
+        parameters = trainable(self._model)
+        total: dict[str, Tensor] = {}
+        nonfinite, start = 0, 0
+        while start < count:
+            size = self.microbatch(count, count - start)
+            part = slice(start, start + size)
+            sums, broken = self._of_microbatch(parameters, features[part], targets[part], alone=size == count)
+            nonfinite += broken
+            for name, tensor in sums.items():
+                total[name] = total[name].add_(tensor) if name in total else tensor
+            start += size
+        for name, parameter in parameters.items():
+            if name not in total:
+                total[name] = torch.zeros_like(parameter, dtype=torch.float64)
+        return ClippedSum(Bounded({name: total[name] for name in parameters}, self._clipping.norm), nonfinite)
+
+    def microbatch(self, batch: int, left: int) -> int:
+        """Return how many of the `left` records of a batch are taken next."""
+        if self._bytes_per_record is None:
+            return min(_FIRST, left)
+        limit = self.memory_limit(batch) / self._bytes_per_record
+        most = max(1, min(left, math.floor(limit)))
+        return math.ceil(left / math.ceil(left / most))
+
+    def memory_limit(self, batch: int) -> float:
+        """Return the bytes that a microbatch of a batch of this size may take."""
+        if self._compute.memory_mb is not None:
+            return self._compute.memory_mb * 1e6
+        return min(_MOST, self._plain_per_record * batch)
+
+    def _of_microbatch(
+        self, parameters: dict[str, Tensor], features: Tensor, targets: Tensor, *, alone: bool
+    ) -> tuple[dict[str, Tensor], int]:
+        records = len(features)
+        tape = self.tape(parameters)
+        with torch.enable_grad(), self._precision(features):
+            losses = tape.losses(self._model, self._loss, features, targets, views=self._views)
+        by_name: dict[str, list[Term]] = {}
+        for _, terms in tape.terms(losses):
+            for term in terms:
+                by_name.setdefault(term.name, []).append(term)
+        # The first few records only tell how much memory one takes; what is fastest shows on a whole microbatch.
+        timed = self._bytes_per_record is not None or alone
+        with torch.no_grad():
+            parts: dict[str, Part] = {}
+            held = 0
+            for name in list(by_name):
+                term = together(by_name.pop(name))
+                choice = CHOICES.choose(term, self._room(records), timed=timed)
+                held += choice.bytes
+                parts[name] = choice.make()
+            self._learn(tape, held)
+            factors, broken = self._clipping.factors({name: part.squared for name, part in parts.items()}, parameters)
+            missing = broken if bool(broken.any()) else None
+            sums = {name: parts.pop(name).weighted_sum(factors[name], missing) for name in list(parts)}
+        if not alone:
+            sums = {name: tensor.to(torch.float64) for name, tensor in sums.items()}
+        return sums, int(broken.sum())
+
+    def tape(self, parameters: dict[str, Tensor]) -> Tape:
+        """Return an empty tape with all rules."""
+        return Tape(parameters, RULES, otherwise, TOGETHER)
+
+    def _precision(self, features: Tensor) -> contextlib.AbstractContextManager[object]:
+        if not self._compute.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(features.device.type, dtype=torch.bfloat16)
+
+    def _room(self, records: int) -> float:
+        if self._compute.memory_mb is not None:
+            return self._compute.memory_mb * 1e6
+        return _MOST
+
+    def _learn(self, tape: Tape, held: int) -> None:
+        """Note what a record takes: the outputs of all operations, the gradients of those of layers, what is held."""
+        self._plain_per_record = tape.bytes / tape.records
+        self._bytes_per_record = (tape.bytes + tape.noted_bytes + held) / tape.records
+
+
+def together(terms: Sequence[Term]) -> Term:
+    """Return one term for a parameter from the terms of all its uses."""
+    if len(terms) == 1:
+        return terms[0]
+    return terms[0].merged(terms[1:]) or added(terms)

@@ -1,0 +1,67 @@
+"""Which strategy measures and sums a term: timed once for each kind and shape of layer, on the first batch that has it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from sfumato.gradients.terms.term import Strategy, Term
+
+_WORTH_TIMING = 10**7  # multiplications; below, every strategy is over in a fraction of a millisecond
+_LESS_MEMORY = 1.1  # how much slower than the fastest a strategy may be if it holds less
+
+
+class Choices:
+    """What was chosen, by the signature of the term. The choice only changes the order in which floats are added."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[tuple[object, ...], str] = {}
+
+    def name(self, term: Term, room: float, *, timed: bool) -> str:
+        """Return the name of the strategy for a term.
+
+        Args:
+            term: The term.
+            room: Bytes that its part may hold.
+            timed: Whether to time what has not been timed before, if that pays.
+        """
+        ways = term.strategies()
+        if term.signature in self._chosen:
+            return self._chosen[term.signature]
+        if not timed or len(ways) == 1 or term.work < _WORTH_TIMING:
+            return next(iter(ways))
+        return self._chosen.setdefault(term.signature, _fastest(ways, term, room))
+
+    def choose(self, term: Term, room: float, *, timed: bool) -> Strategy:
+        """Return the strategy for a term; see `name`."""
+        return term.strategies()[self.name(term, room, timed=timed)]
+
+
+CHOICES = Choices()
+"""One for the process, so that equal layers are computed alike in every run."""
+
+
+def _fastest(ways: Mapping[str, Strategy], term: Term, room: float) -> str:
+    ones = torch.ones(term.records, dtype=torch.float64, device=term.device)
+    fitting = {name: way for name, way in ways.items() if way.bytes <= room} or ways
+    times = {}
+    for name, way in fitting.items():
+        times[name] = min(_seconds(way, ones) for _ in range(3))
+    best = min(times.values())
+    good = [name for name in times if times[name] <= best * _LESS_MEMORY]
+    return min(good, key=lambda name: ways[name].bytes)
+
+
+def _seconds(way: Strategy, factors: torch.Tensor) -> float:
+    _wait(factors)
+    begun = time.perf_counter()
+    way.make().weighted_sum(factors, None)
+    _wait(factors)
+    return time.perf_counter() - begun
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,293 @@
+"""One forward of a batch in which records cannot meet, and one backward that stops at the outputs of the layers.
+
+The model runs under `torch.func.vmap`, so it sees one record at a time and nothing in it can mix two of them; torch turns
+that into batched kernels. Every call of a torch function that takes a trained parameter is seen here on its way (a
+`TorchFunctionMode`, so neither modules nor parameters are touched), and a rule notes what the parameter's gradient is made
+of. The backward then asks autograd for the gradients of the layers' outputs alone, so no gradient of a parameter is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import vmap
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+from sfumato.errors import UnsupportedModelError
+from sfumato.gradients.clipped import Loss
+from sfumato.gradients.support import running
+from sfumato.gradients.terms.held import Given
+from sfumato.gradients.terms.term import Term
+
+_functorch = torch._C._functorch
+
+Terms = Callable[[Sequence[Tensor | None]], Iterable[Term]]
+"""Maps the gradients of a use's outputs (None: nothing depended on that output) to the terms of its parameters."""
+
+
+@final
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as a rule sees it, or what was computed from parameters alone (a transpose, a normalised weight).
+
+    Attributes:
+        name: Under which its terms are collected.
+        value: To compute with. It requires a gradient, so that outputs are on autograd's graph, but leads nowhere else.
+    """
+
+    name: str
+    value: Tensor
+
+
+@final
+class Kept:
+    """A tensor that a rule needs again after the backward; changing it in place meanwhile is noticed.
+
+    Args:
+        tensor: Any tensor.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor.detach(), tensor._version
+
+    def get(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            UnsupportedModelError: it was changed in place.
+        """
+        if self._tensor._version != self._version:
+            raise UnsupportedModelError(
+                "The input of a layer was changed in place after the layer had used it; use operations that return a new "
+                "tensor (inplace=False)."
+            )
+        return self._tensor
+
+
+@final
+@dataclass(frozen=True)
+class Use:
+    """One place where parameters were used.
+
+    Attributes:
+        layer: The module that owns the parameter, for people.
+        operation: The torch function, for people.
+        rule: The rule that noted it, for people.
+        edges: Where the gradients of the outputs come from.
+        terms: Makes the terms of it.
+    """
+
+    layer: str
+    operation: str
+    rule: str
+    edges: tuple[GradientEdge, ...]
+    terms: Terms
+
+
+Rule = Callable[..., Any]
+"""See `sfumato.gradients.rules.registry` for the contract."""
+
+
+@final
+class Tape(TorchFunctionMode):
+    """Notes the uses of trained parameters during one forward.
+
+    Args:
+        parameters: The trained parameters, by name.
+        rules: By torch function.
+        otherwise: The rule for any other function that takes a trained parameter.
+        together: Functions without parameters that are faster on all records at once than as vmap would run them.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        rules: Mapping[Any, Rule],
+        otherwise: Rule,
+        together: Mapping[Any, Rule],
+    ) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self.bytes = self.noted_bytes = 0
+        self._parameters, self._rules, self._otherwise, self._together = parameters, rules, otherwise, together
+        self._weights = {id(p): Weight(name, p.detach().requires_grad_()) for name, p in parameters.items()}
+        # Made outside of vmap, where a leaf may still ask for a gradient.
+        device = next(iter(parameters.values())).device
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._computed: dict[str, Tensor] = {}
+        self._level = -1
+        self._records = 0
+        self._operation = ""
+
+    def losses(self, model: nn.Module, loss: Loss, features: Tensor, targets: Tensor, *, views: bool) -> Tensor:
+        """Return the loss of every record, shape (records,), and note the uses on the way."""
+
+        def of_one(feature: Tensor, target: Tensor) -> Tensor:
+            self._level = _functorch.maybe_get_level(feature)
+            if views:
+                losses = loss(model(feature), target.expand(len(feature), *target.shape))
+                return losses if losses.dim() == 0 else losses.mean()
+            return loss(model(feature.unsqueeze(0)), target.unsqueeze(0)).sum()
+
+        self._records = len(features)
+        with running(model, "one record at a time", quote=False), self:
+            losses: Tensor = vmap(of_one, randomness="different")(features, targets)
+        return losses
+
+    def terms(self, losses: Tensor) -> Iterator[tuple[Use, list[Term]]]:
+        """Do the backward; yield each use with its terms.
+
+        Raises:
+            UnsupportedModelError: a parameter reached the loss on a way that was not seen.
+        """
+        edges = [edge for use in self.uses for edge in use.edges]
+        wanted: list[Any] = [*edges, *self._parameters.values()]
+        if not losses.requires_grad:
+            return
+        found: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
+        for name, unseen in zip(self._parameters, found[len(edges) :], strict=True):
+            if unseen is not None:
+                raise UnsupportedModelError(
+                    f'Parameter "{name}" reaches the loss on a way that cannot be followed, for example a random operation '
+                    "on the parameter itself or a compiled function; apply it to the layer's input or output instead."
+                )
+        position = 0
+        with torch.no_grad():
+            for use in self.uses:
+                gradients = found[position : position + len(use.edges)]
+                # Let go of each gradient once its terms are made.
+                found[position : position + len(use.edges)] = [None] * len(use.edges)
+                position += len(use.edges)
+                if any(gradient is not None for gradient in gradients):
+                    yield use, list(self._of_parameters(use.terms(gradients)))
+
+    # For rules.
+
+    @property
+    def records(self) -> int:
+        """Records in the batch."""
+        return self._records
+
+    def has_records(self, value: object) -> bool:
+        """Tell whether a value differs by record."""
+        return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
+
+    def open(self, value: Tensor) -> Tensor:
+        """Return the values of all records, shape (records, *shape that the model sees)."""
+        if _functorch.maybe_get_level(value) != self._level:
+            raise UnsupportedModelError(
+                f"{self._operation} uses a trained parameter inside a vmap or grad of the model's own, which cannot be "
+                "followed; compute it outside of that, or freeze the parameter."
+            )
+        inner: Tensor = _functorch.get_unwrapped(value)
+        return inner.movedim(_functorch.maybe_get_bdim(value), 0)
+
+    def close(self, values: Tensor) -> Tensor:
+        """Return all records' values as the model sees them: the reverse of `open`."""
+        closed: Tensor = _functorch._add_batch_dim(values, 0, self._level)
+        return closed
+
+    def weight(self, value: Tensor | None) -> Weight | None:
+        """Return a trained parameter to compute with; None for what is None. What is frozen has an empty name."""
+        if value is None:
+            return None
+        if not value.requires_grad:
+            return Weight("", value)
+        known = self._weights.get(id(value))
+        if known is None:
+            name = f"computed {len(self._computed)}"
+            self._computed[name] = value
+            # The sum with the anchor requires a gradient, and autograd finds nothing behind it.
+            known = self._weights[id(value)] = Weight(name, value.detach() + self._anchor.to(value))
+        return known
+
+    def note(self, rule: str, weights: Sequence[Weight | None], outputs: Sequence[Tensor], terms: Terms) -> None:
+        """Note a use.
+
+        Args:
+            rule: Name of the rule.
+            weights: Used here.
+            outputs: All records' outputs, each fresh from its kernel (no view), whose gradients `terms` is given.
+            terms: See `Terms`.
+        """
+        layer = next((weight.name for weight in weights if weight is not None and weight.name), "")
+        # The place of a view on the graph changes when its base is written to in place (ReLU(inplace=True) does that).
+        assert not any(output._is_view() for output in outputs), f"rule {rule} noted a view"
+        edges = tuple(get_gradient_edge(output) for output in outputs)
+        size = sum(output.nbytes for output in outputs)
+        self.noted_bytes += size
+        self.bytes += size
+        self.uses.append(Use(layer, self._operation, rule, edges, terms))
+
+    # For torch.
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        trained = batched = False
+        for value in _tensors(args, kwargs):
+            if _functorch.is_batchedtensor(value):
+                batched = True
+            elif value.requires_grad:
+                trained = True
+                if _functorch.is_functorch_wrapped_tensor(value):
+                    raise UnsupportedModelError(
+                        "The model uses a trained parameter inside a torch.func transform of its own, which cannot be "
+                        "followed; compute it outside of that, or freeze the parameter."
+                    )
+        self._operation = getattr(func, "__name__", str(func))
+        if batched and trained and torch.is_grad_enabled():
+            if self._operation in _WRITES or (self._operation[-1:] == "_" and self._operation[-2:] != "__"):
+                raise UnsupportedModelError(
+                    f"{self._operation} writes a trained parameter into a tensor in place; write it as an operation that "
+                    "returns a new tensor."
+                )
+            rule = self._rules.get(func)
+            result = rule(self, *args, **kwargs) if rule is not None else NotImplemented
+            return result if result is not NotImplemented else self._otherwise(self, func, args, kwargs)
+        if batched and func in self._together:
+            result = self._together[func](self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if batched and isinstance(result, Tensor) and _functorch.is_batchedtensor(result):
+            inner = _functorch.get_unwrapped(result)
+            self.bytes += 0 if inner._is_view() else inner.nbytes
+        return result
+
+    def _of_parameters(self, terms: Iterable[Term]) -> Iterator[Term]:
+        """Carry terms of what was computed from parameters back to the parameters."""
+        for term in terms:
+            if term.name not in self._computed:
+                yield term
+                continue
+            pulled = torch.autograd.grad(
+                self._computed[term.name],
+                list(self._parameters.values()),
+                term.per_record(),
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+            for name, gradient in zip(self._parameters, pulled, strict=True):
+                if gradient is not None:
+                    yield Given(name, gradient)
+
+
+_WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__imatmul__"})
+
+
+def _tensors(args: Iterable[object], kwargs: Mapping[str, object]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value, {})
+        elif isinstance(value, dict):
+            yield from _tensors((), value)

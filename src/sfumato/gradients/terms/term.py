@@ -1,0 +1,132 @@
+"""The contract: a term is one parameter's gradient in factored form, a part is a term made ready for norms and a sum.
+
+**Rounding.** A factored gradient is measured by one formula and summed by another, so where terms cancel inside a record
+the two could disagree by the rounding of what cancelled. Every part that does so adds `slack` to its squared norm: 16 unit
+roundoffs of the largest value the gradient could have had, by Cauchy-Schwarz. A record whose gradient is nearly all
+cancellation is thereby scaled down, never up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+_CHUNK = 64  # summed in the tensor's own dtype; the chunks are summed in float64
+_LARGE, _SMALL = 2.0**60, 2.0**-60  # squares beyond these may have overflowed or vanished in float32
+_ROUNDOFFS = 16
+
+
+class Part(ABC):
+    """One parameter's gradient of every record, measured, and ready to be summed.
+
+    Attributes:
+        squared: Squared l2 norm for each record, shape (records,), float64; NaN or infinite where the gradient is.
+    """
+
+    squared: Tensor
+
+    @abstractmethod
+    def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
+        """Return the sum of factors[r] * gradient[r], in the parameter's shape. May use up the part's memory.
+
+        Args:
+            factors: Shape (records,), float64.
+            broken: The records to leave out, shape (records,), bool; None if there are none.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class Strategy:
+    """One way to turn a term into a part.
+
+    Attributes:
+        make: Does it.
+        bytes: Memory that the part holds until the sum is made, beyond the term itself.
+    """
+
+    make: Callable[[], Part]
+    bytes: int
+
+
+class Term(ABC):
+    """One parameter's gradient as one operation gives it, for every record.
+
+    Attributes:
+        name: The parameter.
+        records: Number of records.
+        device: Where it lies.
+        signature: Equal for terms of the same kind and per-record shapes: they share their choice of strategy.
+        work: Multiplications that one weighted sum takes, to tell whether timing the strategies is worth its time.
+    """
+
+    name: str
+    records: int
+    device: torch.device
+    signature: tuple[object, ...]
+    work: int
+
+    @abstractmethod
+    def strategies(self) -> Mapping[str, Strategy]:
+        """Return what can be done, by name; the first is taken where timing does not pay."""
+
+    @abstractmethod
+    def per_record(self) -> Tensor:
+        """Return the gradient of every record, shape (records, *shape of the parameter)."""
+
+    def merged(self, others: Sequence[Term]) -> Term | None:
+        """Return one term for several uses of the parameter, or None if they do not go together."""
+        return None
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor detached and in float32 or wider, the least in which norms and sums are taken."""
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def squared_norms(vectors: Tensor) -> Tensor:
+    """Return the squared l2 norm of each row, shape (rows,), float64, for values of any size.
+
+    Args:
+        vectors: Shape (rows, size), float32 or float64.
+    """
+    rows, size = vectors.shape
+    if vectors.dtype is torch.float64 or size < _CHUNK:
+        return vectors.to(torch.float64).square().sum(1)
+    whole = size - size % _CHUNK
+    chunks: Tensor = torch.linalg.vector_norm(vectors[:, :whole].unflatten(1, (-1, _CHUNK)), dim=2)
+    squared = chunks.to(torch.float64).square_().sum(1)
+    if whole < size:
+        squared += vectors[:, whole:].to(torch.float64).square().sum(1)
+    doubtful = ~((squared > _SMALL) & (squared < _LARGE))
+    if rows and bool(doubtful.any()):
+        squared[doubtful] = vectors[doubtful].to(torch.float64).square().sum(1)
+    return squared
+
+
+def comfortable(squared: Tensor) -> bool:
+    """Tell whether products of values with these squared norms stay far from the ends of float32."""
+    return bool(((squared > _SMALL) & (squared < _LARGE)).all())
+
+
+def slack(mass: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what to add to a squared norm for the rounding of what may have cancelled.
+
+    Args:
+        mass: Squared bound on the gradient by Cauchy-Schwarz, shape (records,), float64.
+        dtype: In which it was computed.
+    """
+    return mass * (_ROUNDOFFS * torch.finfo(dtype).eps / 2)
+
+
+def without(tensor: Tensor, broken: Tensor | None) -> Tensor:
+    """Return the tensor with zeros for the broken records, because 0 * NaN is NaN."""
+    if broken is None:
+        return tensor
+    return tensor.masked_fill(broken.view(-1, *[1] * (tensor.dim() - 1)), 0.0)
