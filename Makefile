@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEEDS ?= 20
 OUT ?= runs/demo
 
-.PHONY: demo test check bench-randomness clean
+.PHONY: demo test check bench-randomness bench-gradients clean
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,9 @@ check: .venv/.dev  ## style, types, import rules
 
 bench-randomness: .venv/.run  ## a million normal draws against torch.randn
 	$(BIN)/python bench/randomness.py
+
+bench-gradients: .venv/.run  ## one optimiser step, private against plain, beside the peers; ARGS="--models mlp" for less
+	$(BIN)/python bench/gradients.py $(ARGS)
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -228,5 +228,5 @@ def test_a_model_that_cannot_run_one_record_at_a_time_is_refused() -> None:
 
 @pytest.mark.parametrize("clip", [0, -1.0, math.nan, math.inf])
 def test_a_clip_norm_that_bounds_nothing_is_refused(clip: float) -> None:
-    with pytest.raises(InputError, match="norm_bound"):
+    with pytest.raises(InputError, match="clip norm"):
         clipped(mlp(), *batch(0, 3), clip)
