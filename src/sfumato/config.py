@@ -34,6 +34,7 @@ from sfumato.data.schema import Column, Label, Schema, validated
 from sfumato.data.sources import load
 from sfumato.data.tables import TableFormat
 from sfumato.errors import AccountingError, InputError
+from sfumato.gradients.clipping import check_kind
 from sfumato.learning import models
 from sfumato.learning.plan import Plan
 from sfumato.privacy.budget import Budget
@@ -53,6 +54,10 @@ def _at_least_one(value: int, info: ValidationInfo) -> int:
     return _checks.count(str(info.field_name), value)
 
 
+def _at_least_two(value: int, info: ValidationInfo) -> int:
+    return _checks.count(str(info.field_name), value, minimum=2)
+
+
 def _at_least_zero(value: int, info: ValidationInfo) -> int:
     return _checks.count(str(info.field_name), value, minimum=0)
 
@@ -63,6 +68,7 @@ Positive = Annotated[Number, AfterValidator(_positive)]
 Share = Annotated[Number, AfterValidator(_share)]
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[Whole, AfterValidator(_at_least_one)]
+ClassCount = Annotated[Whole, AfterValidator(_at_least_two)]
 CountOrZero = Annotated[Whole, AfterValidator(_at_least_zero)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Epsilon = Annotated[Positive, BeforeValidator(lambda value: float("inf") if value == "inf" else value)]
@@ -73,10 +79,15 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """`[data]`: a packaged data set, or CSV or Parquet files with declared columns."""
+    """`[data]`: a packaged data set, CSV or Parquet files with declared columns, or IDX files of images and labels."""
 
     builtin: str | None = None
     path: Paths | None = None
+    images: str | None = None
+    labels: str | None = None
+    classes: ClassCount | None = None
+    test_images: str | None = None
+    test_labels: str | None = None
     separator: str = ","
     header: bool = True
     column_names: tuple[str, ...] | None = None
@@ -90,14 +101,30 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.builtin is None) == (self.path is None):
-            raise ValueError("give either builtin or path, and only one of them.")
+        if sum(source is not None for source in (self.builtin, self.path, self.images)) != 1:
+            raise ValueError("give either builtin, path or images, and only one of them.")
+        if self.images is None:
+            needless = ("labels", "classes", "test_images", "test_labels")
+            _refuse({key: getattr(self, key) for key in needless}, "images")
         if self.builtin is not None and (self.columns or self.test_path is not None):
             raise ValueError("a builtin data set has its own columns and test part; remove columns and test_path.")
+        if self.images is not None:
+            self._check_images()
         if self.path is not None and not self.columns:
             raise ValueError("the columns of the files are not declared; add a [data.columns.NAME] for each.")
         self.layout(self.skip_lines)
         return self
+
+    def _check_images(self) -> None:
+        if self.columns or self.test_path is not None:
+            raise ValueError(
+                "images have no columns, and their test part is test_images; remove columns and test_path."
+            )
+        for key in ("labels", "classes"):
+            if getattr(self, key) is None:
+                raise ValueError(f"{key} is missing, which goes with images; add it.")
+        if (self.test_images is None) != (self.test_labels is None):
+            raise ValueError("test_images and test_labels go together; give both of them, or neither.")
 
     def layout(self, skip_lines: int) -> TableFormat:
         """Return the layout of a CSV file of which `skip_lines` are left out at the top."""
@@ -117,6 +144,7 @@ class PrivacySection(_Section):
     steps: Count | None = None
     epochs: Positive | None = None
     clip: Positive = 1.0
+    clipping: Annotated[str, AfterValidator(check_kind)] = "flat"
     sampling: str = "poisson"
 
     @field_validator("delta")
@@ -144,7 +172,7 @@ class PrivacySection(_Section):
 class ModelSection(_Section):
     """`[model]`: a built-in kind, or a function that makes one."""
 
-    kind: Literal["logistic", "mlp", "cnn"] | None = None
+    kind: Literal["logistic", "mlp", "cnn", "tanh-cnn"] | None = None
     hidden: tuple[Count, ...] | None = None
     factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
 
@@ -271,6 +299,7 @@ class Experiment:
                 steps=wanted.steps,
                 epochs=wanted.epochs,
                 clip=wanted.clip,
+                clipping=wanted.clipping,
                 sampling=wanted.sampling,
             )
 
@@ -281,14 +310,18 @@ class Experiment:
             InputError: a file, row or value is not what is declared, or a variable in a path is not set.
         """
         data = self.config.data
-        if data.path is None:
-            with self.blamed("[data]"):
-                whole = load(data.builtin or "")
-        else:
+        if data.path is not None:
             whole = self._table(data.path, data.skip_lines)
             if data.test_path is not None:
                 lines = data.skip_lines if data.test_skip_lines is None else data.test_skip_lines
                 return whole, self._table(data.test_path, lines)
+        elif data.images is not None:
+            whole = self._images(data.images, data.labels)
+            if data.test_images is not None:
+                return whole, self._images(data.test_images, data.test_labels)
+        else:
+            with self.blamed("[data]"):
+                whole = load(data.builtin or "")
         with self.blamed("[data] test_fraction:"):
             test, training = whole.split(data.test_fraction, seed=data.split_seed)
         return training, test
@@ -332,6 +365,10 @@ class Experiment:
         if listed and all(path.suffix == ".parquet" for path in listed):
             return Records.from_parquet(found, schema, name=self.dataset)
         return Records.from_csv(found, schema, format=data.layout(skip_lines), name=self.dataset)
+
+    def _images(self, images: str, labels: str | None) -> Records:
+        found = self._resolve(images), self._resolve(labels or "")
+        return Records.from_idx(*found, classes=self.config.data.classes or 0, name=self.dataset)
 
     def _resolve(self, text: str) -> Path:
         def value(match: re.Match[str]) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sfumato import _checks
+from sfumato.data.images import read_images
 from sfumato.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ Owners: TypeAlias = Values | tuple[Sequence[str], Values]
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Records:
-    """An immutable data set. Build one with `from_arrays`, `from_dataset`, `from_csv` or `from_parquet`.
+    """An immutable data set. Build one with `from_arrays`, `from_dataset`, `from_csv`, `from_parquet` or `from_idx`.
 
     Attributes:
         features: (n, ...) float32 (or int64, such as token ids). Do not write into it.
@@ -163,6 +165,22 @@ class Records:
 
         declared = schemas.declared(schema)
         return cls._from_table(tables.read_parquet(path, declared), declared, name)
+
+    @classmethod
+    def from_idx(cls, images: str | Path, labels: str | Path, *, classes: int, name: str = "records") -> Records:
+        """Read grey images and their labels from IDX files (see `sfumato.data.images.read_images`).
+
+        Args:
+            images: The file of the images; they become features (n, 1, height, width) in [0, 1].
+            labels: The file of the labels, 0 .. classes - 1.
+            classes: The declared number of classes; they are named by their numbers.
+            name: What messages and ledgers call the data set.
+
+        Raises:
+            InputError: A file is not what it should be, the two do not fit, or a label is not one of the classes.
+        """
+        features, targets = read_images(images, labels, classes)
+        return cls.from_arrays(features, targets, name=name, classes=[str(number) for number in range(classes)])
 
     @classmethod
     def _from_table(cls, table: EncodedTable, schema: Schema, name: str) -> Records:

@@ -70,7 +70,11 @@ class Procedure(ABC):
 def zero_like(model: nn.Module, norm_bound: float) -> Bounded:
     """Return the sum of no units, in the shapes of the model's trainable parameters."""
     return Bounded(
-        {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in trainable(model).items()},
+        # One zero seen in every place, so that it costs no memory.
+        {
+            name: torch.zeros((), dtype=torch.float64, device=tensor.device).expand(tensor.shape)
+            for name, tensor in trainable(model).items()
+        },
         norm_bound,
     )
 
@@ -78,7 +82,7 @@ def zero_like(model: nn.Module, norm_bound: float) -> Bounded:
 def set_gradients(model: nn.Module, total: Tensors, divisor: float) -> None:
     """Set the gradient of every trainable parameter to total / divisor, in the parameter's dtype and device."""
     for name, parameter in trainable(model).items():
-        parameter.grad = (total[name] / divisor).to(dtype=parameter.dtype, device=parameter.device)
+        parameter.grad = total[name].to(dtype=parameter.dtype, device=parameter.device, copy=True).div_(divisor)
 
 
 def take_step(model: nn.Module, optimizer: Optimizer, sums: Iterable[Tensors], divisor: float) -> None:

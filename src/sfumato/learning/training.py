@@ -194,7 +194,7 @@ class Training(Iterator[Step]):
 
     def _refuse_divergence(self) -> None:
         for name, parameter in trainable(self.model).items():
-            if not bool(torch.isfinite(parameter.detach()).all()):
+            if parameter.numel() and not all(math.isfinite(end) for end in torch.aminmax(parameter.detach())):
                 raise DivergedError(
                     f'The parameter "{name}" is not finite after step {self._position}: the training diverged. What was '
                     "charged, if anything, stays spent. Fix: lower the learning rate."

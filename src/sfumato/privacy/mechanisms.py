@@ -28,6 +28,7 @@ from sfumato.privacy.randomness import RandomSource
 
 _GRID_BITS = 24
 LARGEST_MULTIPLIER = 2.0**21  # ten standard deviations then stay within 2**51 grid units, for up to 2**28 coordinates
+_BLOCK = 2**16
 _EXACT = 2.0**51  # grid units: far inside what float64 adds exactly, and a thousand times any honest sum
 
 
@@ -96,20 +97,15 @@ def gaussian_each(
     (parallel composition). That the parts are disjoint is the caller's promise: one part for each owner.
     """
     _checks.positive("noise_multiplier", noise_multiplier)
-    ready = [
-        (
-            name,
-            _on_grid(part, grid_of(part.norm_bound)),
-            noise_std(part, noise_multiplier, relation),
-            grid_of(part.norm_bound),
-        )
-        for name, part in parts.items()
-    ]
+    stds = {name: noise_std(part, noise_multiplier, relation) for name, part in parts.items()}
+    for part in parts.values():
+        _refuse_nonsense(part)
     draw = charge.take()
     released = {}
-    for name, units, std, grid in ready:
-        value = {key: _add_noise(tensor, std / grid, source).mul_(grid) for key, tensor in units.items()}
-        released[name] = Released(value, std, grid, draw, RELEASE)
+    for name, part in parts.items():
+        grid = grid_of(part.norm_bound)
+        value = {key: _noised(tensor, grid, stds[name], source) for key, tensor in part.value.items()}
+        released[name] = Released(value, stds[name], grid, draw, RELEASE)
     return released
 
 
@@ -186,8 +182,9 @@ class SharedGaussian:
             raise SfumatoError(
                 f"A client's sum is bounded by {bounded.norm_bound:g}, the round by {self._norm_bound:g}; clip to the latter."
             )
-        part = self._std / math.sqrt(self._needed) / self._grid
-        units = {name: _add_noise(value, part, source) for name, value in _on_grid(bounded, self._grid).items()}
+        _refuse_nonsense(bounded)
+        part = self._std / math.sqrt(self._needed)
+        units = {name: _noised(value, self._grid, part, source, scaled=False) for name, value in bounded.value.items()}
         self._shared.add(client)
         return NoisyShare(self, units)
 
@@ -223,19 +220,33 @@ class SharedGaussian:
         )
 
 
-def _on_grid(bounded: Bounded, grid: float) -> dict[str, Tensor]:
-    """Return the value in whole grid units, float64."""
-    units = {name: tensor.to(torch.float64).div(grid).round_() for name, tensor in bounded.value.items()}
-    for name, tensor in units.items():
-        # Written so that NaN fails it.
-        if tensor.numel() and not bool(tensor.abs().max() < _EXACT):
+def _refuse_nonsense(bounded: Bounded) -> None:
+    grid = grid_of(bounded.norm_bound)
+    for name, tensor in bounded.value.items():
+        if not tensor.numel():
+            continue
+        low, high = (float(end) / grid for end in torch.aminmax(tensor.detach()))
+        # Written so that NaN, which aminmax passes on, fails it.
+        if not -_EXACT < low <= high < _EXACT:
             raise SelfCheckError(
                 f'The bounded sum for "{name}" is not finite or far beyond its bound; nothing was released. '
                 "This is a fault in the code that made the sum, not in your data."
             )
-    return units
+
+
+def _noised(tensor: Tensor, grid: float, std: float, source: RandomSource, *, scaled: bool = True) -> Tensor:
+    """Return the sum on the grid plus noise on the grid, float64; in whole grid units unless `scaled`."""
+    result = torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device)
+    given, flat = tensor.detach().reshape(-1), result.view(-1)
+    # A block goes through all of it while it is in the cache.
+    for start in range(0, len(flat), _BLOCK):
+        units = flat[start : start + _BLOCK].copy_(given[start : start + _BLOCK]).div_(grid).round_()
+        units = _add_noise(units, std / grid, source)
+        if scaled:
+            units.mul_(grid)
+    return result
 
 
 def _add_noise(units: Tensor, std_units: float, source: RandomSource) -> Tensor:
-    noise = source.normal(units.numel()).mul_(std_units).round_().view(units.shape)
+    noise = source.normal(units.numel()).mul_(std_units).round_()
     return units.add_(noise.to(units.device))
