@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEEDS ?= 20
 OUT ?= runs/demo
 
-.PHONY: demo test check bench-randomness bench-gradients clean
+.PHONY: demo test check bench-randomness bench-gradients bench-mnist clean
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,9 @@ bench-randomness: .venv/.run  ## a million normal draws against torch.randn
 
 bench-gradients: .venv/.run  ## one optimiser step, private against plain, beside the peers; ARGS="--models mlp" for less
 	$(BIN)/python bench/gradients.py $(ARGS)
+
+bench-mnist: .venv/.run  ## MNIST privately and plainly, accuracy and time; needs SFUMATO_DATA, the folder that holds mnist/
+	$(BIN)/python bench/mnist.py $(ARGS)
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -27,9 +27,8 @@ TEST = {"test_images": "test-images.idx", "test_labels": "test-labels.gz"}
 
 def write(path, values, shape):
     head = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
-    opened = gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb")
-    with opened as file:
-        file.write(head + bytes(values))
+    content = head + bytes(values)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ BAD_IMAGES = {
     "text": (b"5,0,4,1,9,2", "is not an IDX file"),
     "labels": (idx(LABELS), "is an IDX file of dimension 1, but images have dimension 3"),
     "colour": (idx(np.zeros((5, 3, 2, 2))), "is an IDX file of dimension 4"),
-    "floats": (idx(IMAGES, kind=0x0D), "values of type 0x0d, but images are unsigned bytes"),
+    "floats": (idx(IMAGES, kind=0x0D), "is an IDX file of values of type 0x0d, but images are unsigned bytes"),
     "half a header": (SOUND[:9], "ends within its header"),
     "cut off": (
         SOUND[:-1],

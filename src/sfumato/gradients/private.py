@@ -27,7 +27,7 @@ from sfumato.gradients.terms.term import Part, Term
 from sfumato.privacy.bounded import Bounded
 
 _FIRST = 8  # records of the first microbatch, which tells how much memory a record takes
-_MOST = 2**28  # bytes that a microbatch takes at most unless told: beyond, nothing gets faster
+_LEAST, _MOST = 2**25, 2**28  # bytes between which a microbatch is chosen unless told: what is smaller or larger is no faster
 
 
 @final
@@ -107,7 +107,7 @@ class PrivateGradient:
         """Return the bytes that a microbatch of a batch of this size may take."""
         if self._compute.memory_mb is not None:
             return self._compute.memory_mb * 1e6
-        return min(_MOST, self._plain_per_record * batch)
+        return min(_MOST, max(_LEAST, self._plain_per_record * batch))
 
     def _of_microbatch(
         self, parameters: dict[str, Tensor], features: Tensor, targets: Tensor, *, alone: bool

@@ -80,13 +80,13 @@ def zero_like(model: nn.Module, norm_bound: float) -> Bounded:
 
 
 def set_gradients(model: nn.Module, total: Tensors, divisor: float) -> None:
-    """Set the gradient of every trainable parameter to total / divisor, in the parameter's dtype and device."""
+    """Set the gradient of every trainable parameter to total / divisor, in the parameter's dtype; uses `total` up."""
     for name, parameter in trainable(model).items():
-        parameter.grad = total[name].to(dtype=parameter.dtype, device=parameter.device, copy=True).div_(divisor)
+        parameter.grad = total[name].to(dtype=parameter.dtype, device=parameter.device).div_(divisor)
 
 
 def take_step(model: nn.Module, optimizer: Optimizer, sums: Iterable[Tensors], divisor: float) -> None:
-    """Let the optimiser take one step on the total of `sums` over `divisor`; without any sum, do nothing."""
+    """Let the optimiser take one step on the total of `sums` over `divisor`, which uses them up; without any, do nothing."""
     total: Tensors = {}
     for one in sums:
         total = {name: tensor + total[name] for name, tensor in one.items()} if total else one

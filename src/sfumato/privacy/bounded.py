@@ -88,7 +88,8 @@ class Released:
     """A value that carries its noise and may leave; made only by `sfumato.privacy.mechanisms`.
 
     Attributes:
-        value: Named tensors, float64, every coordinate a multiple of `grid`.
+        value: Named tensors in the dtype of the sum. In float64 every coordinate is a multiple of `grid`; narrower ones are
+            rounded after the release.
         noise_std: Standard deviation of the noise on each coordinate.
         grid: The public spacing on which both the sum and the noise were put.
         draw: Which of the charge's draws it used.

@@ -28,7 +28,7 @@ from sfumato.privacy.randomness import RandomSource
 
 _GRID_BITS = 24
 LARGEST_MULTIPLIER = 2.0**21  # ten standard deviations then stay within 2**51 grid units, for up to 2**28 coordinates
-_BLOCK = 2**16
+_BLOCK = 2 * 49_152  # as many as a random source makes at a time
 _EXACT = 2.0**51  # grid units: far inside what float64 adds exactly, and a thousand times any honest sum
 
 
@@ -235,18 +235,22 @@ def _refuse_nonsense(bounded: Bounded) -> None:
 
 
 def _noised(tensor: Tensor, grid: float, std: float, source: RandomSource, *, scaled: bool = True) -> Tensor:
-    """Return the sum on the grid plus noise on the grid, float64; in whole grid units unless `scaled`."""
-    result = torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device)
-    given, flat = tensor.detach().reshape(-1), result.view(-1)
+    """Return the sum on the grid plus noise on the grid, computed in float64.
+
+    In the tensor's own dtype, to which the released number is rounded; or, not `scaled`, in whole grid units, float64.
+    """
+    given = tensor.detach().reshape(-1)
+    result = torch.empty_like(given, dtype=given.dtype if scaled else torch.float64)
+    work = torch.empty(min(len(given), _BLOCK), dtype=torch.float64, device=given.device)
     # A block goes through all of it while it is in the cache.
-    for start in range(0, len(flat), _BLOCK):
-        units = flat[start : start + _BLOCK].copy_(given[start : start + _BLOCK]).div_(grid).round_()
+    for start in range(0, len(given), _BLOCK):
+        part = given[start : start + _BLOCK]
+        units = work[: len(part)].copy_(part).mul_(1 / grid).round_()  # exact: the grid is a power of two
         units = _add_noise(units, std / grid, source)
-        if scaled:
-            units.mul_(grid)
-    return result
+        result[start : start + _BLOCK].copy_(units.mul_(grid) if scaled else units)
+    return result.view(tensor.shape)
 
 
 def _add_noise(units: Tensor, std_units: float, source: RandomSource) -> Tensor:
-    noise = source.normal(units.numel()).mul_(std_units).round_()
+    noise = source.normal(units.numel(), std=std_units).round_()
     return units.add_(noise.to(units.device))

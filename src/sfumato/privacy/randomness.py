@@ -46,6 +46,7 @@ class RandomSource(ABC):
         self._zeros = memoryview(bytes(16 * _PAIRS))
         self._buffer = bytearray(16 * _PAIRS + 15)
         self._words = torch.frombuffer(self._buffer, dtype=torch.int64, count=2 * _PAIRS)
+        self._half = torch.tensor(2.0**-64, dtype=torch.float64)
         self._radius, self._angle, self._spare = torch.empty(3, _PAIRS, dtype=torch.float64)
 
     @abstractmethod
@@ -64,8 +65,8 @@ class RandomSource(ABC):
         return out
 
     @final
-    def normal(self, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return `count` standard normal draws, shape (count,); computed in float64, rounded to `dtype`."""
+    def normal(self, count: int, dtype: torch.dtype = torch.float64, *, std: float = 1.0) -> Tensor:
+        """Return `count` normal draws of mean 0, shape (count,); computed in float64, rounded to `dtype`."""
         self._refuse_fork()
         pairs = (count + 1) // 2
         out = torch.empty(2 * pairs, dtype=dtype)
@@ -74,12 +75,13 @@ class RandomSource(ABC):
                 size = min(_PAIRS, pairs - start)
                 words = self._next(2 * size)
                 # (word + 1/2) / 2**63 is symmetric around 0 and never 0; its square makes the sign vanish.
-                radius = self._radius[:size].copy_(words[:size]).mul_(2.0**-63).add_(2.0**-64)
-                radius.square_().log_().neg_().sqrt_()
+                radius = self._radius[:size].copy_(words[:size])
+                torch.add(self._half, radius, alpha=2.0**-63, out=radius)
+                radius.square_().log_().mul_(-(std**2)).sqrt_()
                 angle = self._angle[:size].copy_(words[size:]).mul_(math.pi * 2.0**-63)
                 block = out[2 * start : 2 * (start + size)]
-                block[:size].copy_(torch.cos(angle, out=self._spare[:size]).mul_(radius))
-                block[size:].copy_(angle.sin_().mul_(radius))
+                torch.mul(torch.cos(angle, out=self._spare[:size]), radius, out=block[:size])
+                torch.mul(angle.sin_(), radius, out=block[size:])
         return out[:count]
 
     @final
