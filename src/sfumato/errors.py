@@ -43,5 +43,9 @@ class LostClientsError(SfumatoError):
     """Clients were lost and the round cannot be released without weakening its noise."""
 
 
+class ProcessError(SfumatoError):
+    """The processes that share a run do not agree, or one of them failed or was lost."""
+
+
 class CheckpointError(SfumatoError):
     """A checkpoint cannot be read, or belongs to another plan, model or ledger."""

@@ -110,10 +110,14 @@ def check_agreement(fast: ClippedSum, expected: ClippedSum, tolerance: float) ->
     assert fast.nonfinite == expected.nonfinite
     assert fast.bounded.norm_bound == expected.bounded.norm_bound
     right = flat(expected)
-    assert float((flat(fast) - right).norm()) <= tolerance * float(right.norm())
+    # Records may cancel to nearly nothing, so a little of what each of them adds counts too.
+    size = float(right.norm()) + 0.02 * min(fast.bounded.norm_bound, 1.0)
+    assert float((flat(fast) - right).norm()) <= tolerance * size
 
 
-def check_bound(case: Case, clipping: Clipping, records: Iterable[int], compute: Callable[[], Compute] = Compute) -> None:
+def check_bound(
+    case: Case, clipping: Clipping, records: Iterable[int], compute: Callable[[], Compute] = Compute
+) -> None:
     """Check that removing any one of the records moves the sum by at most the clip norm."""
     whole = flat(case.fast(clipping, compute=compute()))
     assert bool(torch.isfinite(whole).all())

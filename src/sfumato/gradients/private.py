@@ -21,13 +21,20 @@ from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.gradients.rules import RULES, TOGETHER, otherwise
 from sfumato.gradients.strategies import CHOICES
 from sfumato.gradients.support import check_model, trainable
-from sfumato.gradients.tape import Tape
-from sfumato.gradients.terms.held import added
-from sfumato.gradients.terms.term import Part, Term
+from sfumato.gradients.tape import Tape, Use
+from sfumato.gradients.terms.held import Given, added, joined
+from sfumato.gradients.terms.term import Part, Term, Workspace
 from sfumato.privacy.bounded import Bounded
 
+_FEW = 16  # microbatches whose sums may be added in the model's own dtype
+_SMALL = 4096  # coordinates of a parameter that is handled together with others
+_JOINED = ""  # no parameter has an empty name
+_SHARE = 1.2  # of what plain training would hold by a rough count; measured, that is about the same peak
 _FIRST = 8  # records of the first microbatch, which tells how much memory a record takes
-_LEAST, _MOST = 2**25, 2**28  # bytes between which a microbatch is chosen unless told: what is smaller or larger is no faster
+_LEAST, _MOST = (
+    2**25,
+    2**28,
+)  # bytes between which a microbatch is chosen unless told: what is smaller or larger is no faster
 
 
 @final
@@ -68,6 +75,7 @@ class PrivateGradient:
         self._compute, self._views = compute, views
         self._bytes_per_record: float | None = None
         self._plain_per_record = 0.0
+        self._space = Workspace()
 
     def sum(self, features: Tensor, targets: Tensor) -> ClippedSum:
         """Return the clipped sum.
@@ -82,13 +90,12 @@ class PrivateGradient:
         parameters = trainable(self._model)
         total: dict[str, Tensor] = {}
         nonfinite, start = 0, 0
+        # A long sum over microbatches is taken in float64.
+        long = count > 0 and count > _FEW * self.microbatch(count, count)
         while start < count:
             size = self.microbatch(count, count - start)
             part = slice(start, start + size)
-            sums, broken = self._of_microbatch(parameters, features[part], targets[part], alone=size == count)
-            nonfinite += broken
-            for name, tensor in sums.items():
-                total[name] = total[name].add_(tensor) if name in total else tensor
+            nonfinite += self._add_microbatch(total, parameters, features[part], targets[part], long=long)
             start += size
         for name, parameter in parameters.items():
             if name not in total:
@@ -107,36 +114,73 @@ class PrivateGradient:
         """Return the bytes that a microbatch of a batch of this size may take."""
         if self._compute.memory_mb is not None:
             return self._compute.memory_mb * 1e6
-        return min(_MOST, max(_LEAST, self._plain_per_record * batch))
+        return min(
+            _MOST, max(_LEAST, float(__import__("os").environ.get("MULT", "1")) * self._plain_per_record * batch)
+        )
 
-    def _of_microbatch(
-        self, parameters: dict[str, Tensor], features: Tensor, targets: Tensor, *, alone: bool
-    ) -> tuple[dict[str, Tensor], int]:
+    def _add_microbatch(
+        self, total: dict[str, Tensor], parameters: dict[str, Tensor], features: Tensor, targets: Tensor, *, long: bool
+    ) -> int:  # fmt: skip
+        """Add the clipped gradients to `total`; return how many were not finite."""
         records = len(features)
+        known = self._bytes_per_record is not None
         tape = self.tape(parameters)
         with torch.enable_grad(), self._precision(features):
             losses = tape.losses(self._model, self._loss, features, targets, views=self._views)
-        by_name: dict[str, list[Term]] = {}
-        for _, terms in tape.terms(losses):
-            for term in terms:
-                by_name.setdefault(term.name, []).append(term)
         # The first few records only tell how much memory one takes; what is fastest shows on a whole microbatch.
-        timed = self._bytes_per_record is not None or alone
+        timed = known or records > _FIRST
+        waiting: dict[str, list[Term]] = {}
+        small: list[Given] = []
+        parts: dict[str, Part] = {}
+        held = 0
+
+        def make(term: Term) -> None:
+            nonlocal held
+            if isinstance(term, Given) and term.work <= _SMALL * records and self._clipping.kind != "per-layer":
+                small.append(term)
+                return
+            term.space = self._space
+            choice = CHOICES.choose(term, self._room(), timed=timed)
+            held += choice.bytes
+            parts[term.name] = choice.make()
+
+        def take(use: Use, terms: list[Term]) -> None:
+            for term in terms:
+                if tape.used_once(term.name):
+                    make(term)
+                else:
+                    waiting.setdefault(term.name, []).append(term)
+
+        tape.backward(losses, take)
         with torch.no_grad():
-            parts: dict[str, Part] = {}
-            held = 0
-            for name in list(by_name):
-                term = together(by_name.pop(name))
-                choice = CHOICES.choose(term, self._room(records), timed=timed)
-                held += choice.bytes
-                parts[name] = choice.make()
+            for name in list(waiting):
+                make(together(waiting.pop(name)))
             self._learn(tape, held)
+            if small:
+                # Biases and the like: one vector is measured and summed faster than many.
+                parts[_JOINED] = joined(small).strategies()["per record"].make()
+            if not parts:
+                return 0
             factors, broken = self._clipping.factors({name: part.squared for name, part in parts.items()}, parameters)
             missing = broken if bool(broken.any()) else None
-            sums = {name: parts.pop(name).weighted_sum(factors[name], missing) for name in list(parts)}
-        if not alone:
-            sums = {name: tensor.to(torch.float64) for name, tensor in sums.items()}
-        return sums, int(broken.sum())
+
+            def add(name: str, sums: Tensor) -> None:
+                if name in total:
+                    total[name].add_(sums)
+                else:
+                    total[name] = sums.to(torch.float64) if long else sums
+
+            for name in list(parts):
+                part = parts.pop(name)
+                if name == _JOINED:
+                    sums = part.weighted_sum(factors[name], missing)
+                    for term, piece in zip(small, sums.split([term.size for term in small]), strict=True):
+                        add(term.name, piece.view(parameters[term.name].shape))
+                elif name in total:
+                    part.add_weighted_sum(total[name], factors[name], missing)
+                else:
+                    add(name, part.weighted_sum(factors[name], missing))
+        return int(broken.sum())
 
     def tape(self, parameters: dict[str, Tensor]) -> Tape:
         """Return an empty tape with all rules."""
@@ -147,7 +191,7 @@ class PrivateGradient:
             return contextlib.nullcontext()
         return torch.autocast(features.device.type, dtype=torch.bfloat16)
 
-    def _room(self, records: int) -> float:
+    def _room(self) -> float:
         if self._compute.memory_mb is not None:
             return self._compute.memory_mb * 1e6
         return _MOST

@@ -8,6 +8,7 @@ of. The backward then asks autograd for the gradients of the layers' outputs alo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -80,14 +81,16 @@ class Use:
         operation: The torch function, for people.
         rule: The rule that noted it, for people.
         edges: Where the gradients of the outputs come from.
-        terms: Makes the terms of it.
+        in_passing: Whether the backward passes through here on its way to an earlier use.
+        number: Its place on the tape.
     """
 
     layer: str
     operation: str
     rule: str
     edges: tuple[GradientEdge, ...]
-    terms: Terms
+    in_passing: bool
+    number: int
 
 
 Rule = Callable[..., Any]
@@ -114,6 +117,9 @@ class Tape(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.uses: list[Use] = []
+        self._terms: list[Terms | None] = []
+        self._counts: Counter[str] = Counter()
+        self._behind: set[int] = set()
         self.bytes = self.noted_bytes = 0
         self._parameters, self._rules, self._otherwise, self._together = parameters, rules, otherwise, together
         self._weights = {id(p): Weight(name, p.detach().requires_grad_()) for name, p in parameters.items()}
@@ -140,16 +146,29 @@ class Tape(TorchFunctionMode):
             losses: Tensor = vmap(of_one, randomness="different")(features, targets)
         return losses
 
-    def terms(self, losses: Tensor) -> Iterator[tuple[Use, list[Term]]]:
-        """Do the backward; yield each use with its terms.
+    def backward(self, losses: Tensor, take: Callable[[Use, list[Term]], None]) -> None:
+        """Do the backward; give each use with its terms to `take`, as soon as they are known.
 
         Raises:
             UnsupportedModelError: a parameter reached the loss on a way that was not seen.
         """
-        edges = [edge for use in self.uses for edge in use.edges]
-        wanted: list[Any] = [*edges, *self._parameters.values()]
         if not losses.requires_grad:
             return
+
+        def given(use: Use, gradients: Sequence[Tensor | None]) -> None:
+            terms, self._terms[use.number] = self._terms[use.number], None
+            if terms is not None and any(gradient is not None for gradient in gradients):
+                with torch.no_grad():
+                    take(use, list(self._of_parameters(terms(gradients))))
+
+        # A use behind which there are others lies on autograd's way to them and is given its gradient in passing, while that
+        # is in the cache, and nobody keeps it. The others are what autograd is asked for.
+        last = [use for use in self.uses if not use.in_passing]
+        for use in self.uses:
+            if use.in_passing:
+                use.edges[0].node.register_prehook(_taking(use, given))
+        edges = [edge for use in last for edge in use.edges]
+        wanted: list[Any] = [*edges, *self._parameters.values()]
         found: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
         for name, unseen in zip(self._parameters, found[len(edges) :], strict=True):
             if unseen is not None:
@@ -158,14 +177,15 @@ class Tape(TorchFunctionMode):
                     "on the parameter itself or a compiled function; apply it to the layer's input or output instead."
                 )
         position = 0
-        with torch.no_grad():
-            for use in self.uses:
-                gradients = found[position : position + len(use.edges)]
-                # Let go of each gradient once its terms are made.
-                found[position : position + len(use.edges)] = [None] * len(use.edges)
-                position += len(use.edges)
-                if any(gradient is not None for gradient in gradients):
-                    yield use, list(self._of_parameters(use.terms(gradients)))
+        for use in last:
+            place = slice(position, position + len(use.edges))
+            gradients, found[place] = found[place], [None] * len(use.edges)  # let go of each once its terms are made
+            position += len(use.edges)
+            given(use, gradients)
+
+    def used_once(self, name: str) -> bool:
+        """Tell whether a parameter has been used in one place only, and as it is."""
+        return self._counts[name] == 1 and id(self._parameters[name]) not in self._behind
 
     # For rules.
 
@@ -203,16 +223,21 @@ class Tape(TorchFunctionMode):
         if known is None:
             name = f"computed {len(self._computed)}"
             self._computed[name] = value
+            self._behind.update(_leaves(value))
             # The sum with the anchor requires a gradient, and autograd finds nothing behind it.
             known = self._weights[id(value)] = Weight(name, value.detach() + self._anchor.to(value))
         return known
 
-    def note(self, rule: str, weights: Sequence[Weight | None], outputs: Sequence[Tensor], terms: Terms) -> None:
+    def note(
+        self, rule: str, weights: Sequence[Weight | None], inputs: Sequence[Tensor], outputs: Sequence[Tensor],
+        terms: Terms,
+    ) -> None:  # fmt: skip
         """Note a use.
 
         Args:
             rule: Name of the rule.
             weights: Used here.
+            inputs: What the outputs depend on besides.
             outputs: All records' outputs, each fresh from its kernel (no view), whose gradients `terms` is given.
             terms: See `Terms`.
         """
@@ -223,7 +248,10 @@ class Tape(TorchFunctionMode):
         size = sum(output.nbytes for output in outputs)
         self.noted_bytes += size
         self.bytes += size
-        self.uses.append(Use(layer, self._operation, rule, edges, terms))
+        self._counts.update(weight.name for weight in weights if weight is not None and weight.name)
+        in_passing = len(edges) == 1 and any(tensor.requires_grad for tensor in inputs)
+        self.uses.append(Use(layer, self._operation, rule, edges, in_passing, len(self.uses)))
+        self._terms.append(terms)
 
     # For torch.
 
@@ -291,3 +319,24 @@ def _tensors(args: Iterable[object], kwargs: Mapping[str, object]) -> Iterator[T
             yield from _tensors(value, {})
         elif isinstance(value, dict):
             yield from _tensors((), value)
+
+
+def _taking(
+    use: Use, given: Callable[[Use, Sequence[Tensor | None]], None]
+) -> Callable[[tuple[Tensor | None, ...]], None]:  # fmt: skip
+    return lambda gradients: given(use, [gradients[use.edges[0].output_nr]])
+
+
+def _leaves(value: Tensor) -> set[int]:
+    """Return the ids of the tensors that a value was computed from."""
+    found: set[int] = set()
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting.extend(before for before, _ in node.next_functions)
+    return found

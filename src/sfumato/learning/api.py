@@ -11,6 +11,7 @@ from sfumato.data.records import Records
 from sfumato.errors import LostClientsError
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
+from sfumato.learning import distributed
 from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.augmentation import Augment
 from sfumato.learning.central import Central
@@ -32,6 +33,9 @@ def steps(
 
     With an infinite epsilon this is plain PyTorch training on the sampler's batches.
 
+    Under `torchrun`, after `torch.distributed.init_process_group`, all processes share the one run: call this on every rank
+    with the same arguments. The ledger, the checkpoint and the randomness are those of rank 0, and only rank 0 writes.
+
     Args:
         model: Trained in place; it is never wrapped, and its `state_dict` keys stay as they are.
         records: The private records.
@@ -51,9 +55,10 @@ def steps(
         SfumatoError: one of its kinds, each with the fix; a refusal before the first noise costs nothing.
     """
     source = source or SecureSource()
-    procedure = Central(model, records, plan, loss, optimizer, source, compute, augment)
     account = Account(dataset or records.name, ledger, purpose, by)
-    return Training(model, plan, procedure, account, source, checkpoint)
+    with distributed.together(model) as shared:
+        procedure = shared(Central(model, records, plan, loss, optimizer, source, compute, augment))
+        return Training(model, plan, procedure, account, source, checkpoint)
 
 
 def train(
@@ -99,6 +104,7 @@ def rounds(
     Raises:
         SfumatoError: one of its kinds, each with the fix.
     """
+    distributed.refuse("Federations")
     source = source or SecureSource()
     federation = Federation(model, clients, plan, loss, engine, source, populations, compute)
     account = Account(dataset, ledger, purpose, by)

@@ -28,7 +28,7 @@ from sfumato.learning.procedure import (
     restore_optimizer,
     take_step,
 )
-from sfumato.privacy.bounded import Bounded, Released
+from sfumato.privacy.bounded import Bounded, Released, Tensors
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.randomness import RandomSource
 
@@ -57,7 +57,15 @@ class Central(Procedure):
 
     @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
-        return {"all": self._gradient.sum(*self._batch(self._draws.batch(step)))}
+        return {"all": self.sum(self.draw(step))}
+
+    def draw(self, step: int) -> Tensor:
+        """Return the indices of the records of step `step`, shape (any,)."""
+        return self._draws.batch(step)
+
+    def sum(self, indices: Tensor) -> ClippedSum:
+        """Return the clipped sum over the records at `indices`, shape (any,)."""
+        return self._gradient.sum(*self._batch(indices))
 
     @override
     def asked(self, step: int) -> int:
@@ -65,24 +73,37 @@ class Central(Procedure):
 
     @override
     def probe(self) -> Bounded:
-        return self._gradient.sum(*self._batch(torch.zeros(1, dtype=torch.int64))).bounded
+        return self.sum(torch.zeros(1, dtype=torch.int64)).bounded
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
-        take_step(self._model, self._optimizer, [released["all"].value], self._plan.expected_batch)
+        self.use(released["all"].value)
+
+    def use(self, total: Tensors) -> None:
+        """Let the optimiser take one step on a released sum, which is used up."""
+        take_step(self._model, self._optimizer, [total], self._plan.expected_batch)
 
     @override
     def plain(self, step: int) -> None:
-        indices = self._draws.batch(step)
+        indices = self.draw(step)
+        if len(indices):
+            self.backward(indices)
+            self.advance()
+
+    def backward(self, indices: Tensor, share: float = 1.0) -> None:
+        """Set the gradients to `share` times those of the mean loss over the records at `indices`; clear them if none."""
+        self._optimizer.zero_grad()
         if not len(indices):
             return
         features, targets = self._batch(indices)
         if self._augment is not None:
             targets = targets.repeat_interleave(features.shape[1], 0)
             features = features.flatten(0, 1)
-        self._optimizer.zero_grad()
         with running(self._model, "on a batch", quote=True):
-            mean_loss(self._loss(self._model(features), targets)).backward()
+            (mean_loss(self._loss(self._model(features), targets)) * share).backward()
+
+    def advance(self) -> None:
+        """Let the optimiser take one step on the gradients as they are."""
         self._optimizer.step()
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:

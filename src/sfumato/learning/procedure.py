@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,54 @@ from sfumato.learning.aggregation import Aggregation
 from sfumato.privacy.bounded import Bounded, Released, Tensors
 
 
+class Progress(NamedTuple):
+    """How far a run has come: what the process that leads it tells those that work along.
+
+    Attributes:
+        position: Steps of the plan used up.
+        run: The run's name in the ledger.
+        lost: Steps that were paid for and lost.
+        nonfinite: How often a unit's part was left out.
+        secret: Whether all noise came from a secure source.
+        remembered: Whether a ledger on disk was charged.
+    """
+
+    position: int
+    run: str
+    lost: int
+    nonfinite: int
+    secret: bool
+    remembered: bool
+
+
 class Procedure(ABC):
     """One way to train: the loop in `sfumato.learning.training` calls it and does everything else.
 
     Attributes:
         aggregation: Where the noise is added.
         not_covered: Sentences that this procedure adds to the privacy statement.
+        leads: Whether this process draws, pays, releases and saves; False where it only works along.
     """
 
     aggregation: Aggregation
     not_covered: tuple[str, ...]
+    leads: bool = True
+
+    @property
+    def kind(self) -> str:
+        """What a checkpoint calls the procedure."""
+        return type(self).__name__
+
+    def start(self, fingerprint: str) -> None:  # noqa: B027 (one process has nothing to do)
+        """Begin: the run is set up or restored, and `fingerprint` tells its plan."""
+
+    def together(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context whose errors reach every process that shares the run."""
+        return contextlib.nullcontext()
+
+    def agree(self, progress: Progress) -> Progress:
+        """Return the progress of the process that leads, before each step."""
+        return progress
 
     @abstractmethod
     def contributions(self, step: int) -> dict[str, ClippedSum]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -13,15 +13,17 @@ from torch import nn
 
 from sfumato import _checks
 from sfumato.errors import CheckpointError, DivergedError, LedgerError, LostClientsError, PlanError
+from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.support import trainable
 from sfumato.learning import checkpoint as checkpoints
 from sfumato.learning.aggregation import Noise
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.plan import Plan
-from sfumato.learning.procedure import Procedure, zero_like
+from sfumato.learning.procedure import Procedure, Progress, zero_like
 from sfumato.learning.selfcheck import check_bounded, check_noised, check_scale
 from sfumato.privacy import events
 from sfumato.privacy.books import Cost
+from sfumato.privacy.bounded import Released
 from sfumato.privacy.ledger import Charge, Ledger
 from sfumato.privacy.mechanisms import noise_std
 from sfumato.privacy.randomness import RandomSource
@@ -100,7 +102,7 @@ class Training(Iterator[Step]):
     ) -> None:  # fmt: skip
         self.model, self.plan = model, plan
         self._procedure, self._account, self._source = procedure, account, source
-        self._checkpoint = checkpoint
+        self._checkpoint = checkpoint if procedure.leads else None
         self._steps: list[Step] = []
         self._charge: Charge | None = None
         self._run = ""
@@ -108,18 +110,25 @@ class Training(Iterator[Step]):
         self._nonfinite = 0
         self._checked = False
         self._secret = source.is_secure
+        self._remembered = account.ledger is not None and account.ledger.is_durable
         self._saved_at = 0
         self._lost = 0
         self._digest: str | None = None
-        if checkpoint is not None:
-            self._open_checkpoint(checkpoint)
+        if self._checkpoint is not None:
+            self._open_checkpoint(self._checkpoint)
+        procedure.start(self._fingerprint())
 
     def __iter__(self) -> Training:
         return self
 
     def __next__(self) -> Step:
-        if self.plan.is_private:
+        with self._procedure.together():
+            return self._next()
+
+    def _next(self) -> Step:
+        if self.plan.is_private and self._procedure.leads:
             self._catch_up()
+        self._agree()
         if self._position >= self.plan.steps:
             raise StopIteration
         if self.plan.is_private:
@@ -147,6 +156,11 @@ class Training(Iterator[Step]):
         """Return the model and the statement of what has been charged for it."""
         return TrainingResult(self.model, self._statement(), tuple(self._steps), self._run, self._lost, self._nonfinite)
 
+    def _agree(self) -> None:
+        own = Progress(self._position, self._run, self._lost, self._nonfinite, self._secret, self._remembered)
+        first = self._procedure.agree(own)
+        self._position, self._run, self._lost, self._nonfinite, self._secret, self._remembered = first
+
     def _catch_up(self) -> None:
         """Move behind every draw that was or may have been taken without its step: a crash, a stop in the middle."""
         if self._charge is None and self._run and self._position < self.plan.steps:
@@ -159,6 +173,13 @@ class Training(Iterator[Step]):
 
     def _private_step(self) -> None:
         contributions = self._procedure.contributions(self._position)
+        released = self._release(contributions) if self._procedure.leads else {}
+        # Sensitive until here; what follows is post-processing.
+        del contributions
+        self._procedure.apply(released, self._position)
+        self._position += 1
+
+    def _release(self, contributions: Mapping[str, ClippedSum]) -> dict[str, Released]:
         self._nonfinite += sum(part.nonfinite for part in contributions.values())
         parts = {name: part.bounded for name, part in contributions.items()}
         zero = zero_like(self.model, self.plan.clip)
@@ -187,10 +208,7 @@ class Training(Iterator[Step]):
         if released and not self._checked:
             check_noised(trainable(self.model), parts, released, zero)
             self._checked = True
-        # Sensitive until here; what follows is post-processing.
-        del contributions, parts
-        self._procedure.apply(released, self._position)
-        self._position += 1
+        return released
 
     def _refuse_divergence(self) -> None:
         for name, parameter in trainable(self.model).items():
@@ -311,24 +329,24 @@ class Training(Iterator[Step]):
     def _fingerprint(self) -> str:
         """Return one line that is the same only for the same plan, procedure and place of the noise."""
         procedure = self._procedure
-        return f"{self.plan.fingerprint()} {type(procedure).__name__} {procedure.aggregation!r}"
+        return f"{self.plan.fingerprint()} {procedure.kind} {procedure.aggregation!r}"
 
     def _statement(self) -> PrivacyStatement:
         not_covered = list(self._procedure.not_covered)
         if self.plan.is_private:
-            not_covered += _always_not_covered(self._account, self._secret)
+            not_covered += _always_not_covered(self._remembered, self._secret)
         else:
             not_covered = ["Everything: the run was not private."]
         return PrivacyStatement(self.plan.budget, self.plan.spending, self.plan.event, tuple(not_covered), self._secret)
 
 
-def _always_not_covered(account: Account, secure: bool) -> list[str]:
+def _always_not_covered(remembered: bool, secure: bool) -> list[str]:
     sentences = [
         "Choices made by looking at these records before the run (model, learning rate, clip norm, number of steps).",
         "Metrics, counts or messages computed from the records without noise, and how long the run took.",
         "Rounding inside the model: a record's gradient is taken to be the same whichever records are computed beside it.",
     ]
-    if account.ledger is None or not account.ledger.is_durable:
+    if not remembered:
         sentences.append("Other runs on the same records: no ledger on disk was given, so nobody adds them up.")
     if not secure:
         sentences.append("Anybody who knows the seed: the noise came from a seeded source, which is for tests only.")

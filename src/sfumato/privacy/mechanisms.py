@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato import _checks
 from sfumato.errors import InputError, LostClientsError, SelfCheckError, SfumatoError
-from sfumato.privacy.bounded import RELEASE, Bounded, Released
+from sfumato.privacy.bounded import RELEASE, Bounded, Released, Tensors
 from sfumato.privacy.budget import Relation
 from sfumato.privacy.ledger import Charge
 from sfumato.privacy.randomness import RandomSource
@@ -104,8 +104,7 @@ def gaussian_each(
     released = {}
     for name, part in parts.items():
         grid = grid_of(part.norm_bound)
-        value = {key: _noised(tensor, grid, stds[name], source) for key, tensor in part.value.items()}
-        released[name] = Released(value, stds[name], grid, draw, RELEASE)
+        released[name] = Released(_noised(part.value, grid, stds[name], source), stds[name], grid, draw, RELEASE)
     return released
 
 
@@ -184,7 +183,7 @@ class SharedGaussian:
             )
         _refuse_nonsense(bounded)
         part = self._std / math.sqrt(self._needed)
-        units = {name: _noised(value, self._grid, part, source, scaled=False) for name, value in bounded.value.items()}
+        units = _noised(bounded.value, self._grid, part, source, scaled=False)
         self._shared.add(client)
         return NoisyShare(self, units)
 
@@ -234,13 +233,16 @@ def _refuse_nonsense(bounded: Bounded) -> None:
             )
 
 
-def _noised(tensor: Tensor, grid: float, std: float, source: RandomSource, *, scaled: bool = True) -> Tensor:
+def _noised(
+    value: Tensors, grid: float, std: float, source: RandomSource, *, scaled: bool = True
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the sum on the grid plus noise on the grid, computed in float64.
 
-    In the tensor's own dtype, to which the released number is rounded; or, not `scaled`, in whole grid units, float64.
+    In the tensors' own dtype, to which the released numbers are rounded; or, not `scaled`, in whole grid units, float64.
     """
-    given = tensor.detach().reshape(-1)
-    result = torch.empty_like(given, dtype=given.dtype if scaled else torch.float64)
+    # One vector, because a model has many small tensors.
+    given = torch.cat([tensor.detach().reshape(-1) for tensor in value.values()])
+    result = given if scaled else torch.empty_like(given, dtype=torch.float64)
     work = torch.empty(min(len(given), _BLOCK), dtype=torch.float64, device=given.device)
     # A block goes through all of it while it is in the cache.
     for start in range(0, len(given), _BLOCK):
@@ -248,7 +250,8 @@ def _noised(tensor: Tensor, grid: float, std: float, source: RandomSource, *, sc
         units = work[: len(part)].copy_(part).mul_(1 / grid).round_()  # exact: the grid is a power of two
         units = _add_noise(units, std / grid, source)
         result[start : start + _BLOCK].copy_(units.mul_(grid) if scaled else units)
-    return result.view(tensor.shape)
+    parts = result.split([tensor.numel() for tensor in value.values()])
+    return {name: flat.view(tensor.shape) for (name, tensor), flat in zip(value.items(), parts, strict=True)}
 
 
 def _add_noise(units: Tensor, std_units: float, source: RandomSource) -> Tensor:

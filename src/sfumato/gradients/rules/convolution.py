@@ -46,7 +46,7 @@ def _follow(
         if b is not None and b.name:
             yield Given(b.name, wide(gradient).flatten(3).sum((1, 3)))
 
-    tape.note("transposed convolution" if transposed else "convolution", (w, b), (out,), terms)
+    tape.note("transposed convolution" if transposed else "convolution", (w, b), (x,), (out,), terms)
     out = out.unflatten(0, (records, -1))
     return tape.close(out.squeeze(1) if single else out)
 

@@ -40,7 +40,7 @@ def embedding(
             read = torch.where(read == nothing, -1, read)
         yield Rows(w.name, read, gradient.view(records, read.shape[1], -1), rows)
 
-    tape.note("embedding", (w,), (out,), terms)
+    tape.note("embedding", (w,), (), (out,), terms)
     return tape.close(out.view(*index.shape, weight.shape[1]))
 
 

@@ -31,7 +31,7 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
         assert gradient is not None
         yield from matrix_terms(w, b, kept, gradient)
 
-    tape.note("linear", (w, b), (out,), terms)
+    tape.note("linear", (w, b), (x,), (out,), terms)
     return tape.close(out.view(*x.shape[:-1], len(weight)))
 
 

@@ -102,5 +102,5 @@ def _scaled(
         if b is not None and b.name:
             yield Given(b.name, per_record(wide(gradient)))
 
-    tape.note("normalisation", (w, b), (out,), terms)
+    tape.note("normalisation", (w, b), (x,), (out,), terms)
     return out

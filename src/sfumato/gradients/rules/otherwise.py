@@ -28,9 +28,11 @@ def otherwise(tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
     leaves, structure = pytree.tree_flatten((args, kwargs))
     weights: dict[int, Weight] = {}
     records: dict[int, Kept] = {}
+    opened: list[Tensor] = []
     for place, leaf in enumerate(leaves):
         if tape.has_records(leaf):
-            records[place] = Kept(tape.open(leaf))
+            opened.append(tape.open(leaf))
+            records[place] = Kept(opened[-1])
         elif isinstance(leaf, Tensor) and leaf.requires_grad:
             weight = tape.weight(leaf)
             assert weight is not None
@@ -81,5 +83,5 @@ def otherwise(tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
 
     inner: list[Tensor] = [_functorch.get_unwrapped(outputs[place]) for place in followed]
     dims: list[int] = [_functorch.maybe_get_bdim(outputs[place]) for place in followed]
-    tape.note(f"reference ({name})", list(weights.values()), inner, terms)
+    tape.note(f"reference ({name})", list(weights.values()), opened, inner, terms)
     return pytree.tree_unflatten(outputs, shape)

@@ -138,7 +138,7 @@ def _unroll(
             before = before.reshape(records, -1, before.shape[-1])
             yield from matrix_terms(w_hidden, b_hidden, Kept(before), upstream)
 
-    tape.note("recurrent", (w_in, w_hidden, b_in, b_hidden), (gates, *hidden_gates), terms)
+    tape.note("recurrent", (w_in, w_hidden, b_in, b_hidden), (x, *state), (gates, *hidden_gates), terms)
     return torch.stack(outs, 1), state
 
 

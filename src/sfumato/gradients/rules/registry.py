@@ -7,8 +7,8 @@ tape first and then the function's own arguments, and must
 1. return `NotImplemented` if it does not cover these arguments (the reference path for single operations then takes over);
 2. open what differs by record (`tape.open`: records first), and compute the function for all records at once with the values of
    `tape.weight(...)` in place of the parameters, to the same result;
-3. hand each kernel's fresh output, no view of it, to `tape.note` with a function from output gradients to terms, one or
-   more for each parameter whose name is not empty. Tensors needed there are wrapped in `Kept`;
+3. hand each kernel's inputs and its fresh output, no view of it, to `tape.note` with a function from output gradients to terms,
+   one or more for each parameter whose name is not empty. Tensors needed there are wrapped in `Kept`;
 4. return what the function returns, closed (`tape.close`).
 
 The terms must add up to each record's gradient; how they are measured and summed is theirs (`sfumato.gradients.terms`).

@@ -134,7 +134,7 @@ class Convolution(Term):
         groups = geometry.groups
         inputs, gradients = self._padded(self.inputs[part]), self.gradients[part]
         records = len(inputs)
-        rows = inputs.new_empty(records, groups, kernel[0] // groups, self.size // kernel[0])
+        rows = self._memory(records, inputs).view(records, groups, kernel[0] // groups, -1)
         for block in self._blocks(records):
             patches = self._patches(inputs[block]).unflatten(2, (groups, -1))  # (r, images, groups, in, *kernel, *out)
             patches = patches.movedim(1, 3 + geometry.dims)  # (r, groups, in, *kernel, images, *out)
@@ -152,7 +152,7 @@ class Convolution(Term):
         inputs, gradients = self._padded(self.inputs[part]), self.gradients[part]
         inputs = inputs.movedim(2, -1).contiguous().movedim(-1, 2)
         records = len(inputs)
-        rows = inputs.new_empty(records, kernel[0], self.size // kernel[0])
+        rows = self._memory(records, inputs).view(records, kernel[0], -1)
         for block in self._blocks(records):
             patches = self._patches(inputs[block])  # (r, images, in, *kernel, *out)
             dims = geometry.dims
@@ -162,6 +162,11 @@ class Convolution(Term):
             torch.bmm(left, right, out=rows[block])
         last = (kernel[0], *kernel[2:], kernel[1])
         return _Rows(rows.view(records, self.size), lambda row: row.view(last).movedim(-1, 1).contiguous())
+
+    def _memory(self, records: int, like: Tensor) -> Tensor:
+        if self.space is None:
+            return like.new_empty(records, self.size)
+        return self.space.rows(self.name, records, self.size, like)
 
     def _padded(self, inputs: Tensor) -> Tensor:
         sides = [side for pad in reversed(self.geometry.padding) for side in (pad, pad)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -43,19 +45,27 @@ class Given(Term):
     def __init__(self, name: str, gradients: Tensor) -> None:
         self.name, self._gradients = name, wide(gradients)
         self.records, self.device = len(gradients), gradients.device
+        self.size = math.prod(gradients.shape[1:])
         self.signature = ("given", *gradients.shape[1:])
         self.work = gradients.numel()
 
     @override
     def strategies(self) -> Mapping[str, Strategy]:
         shape = self._gradients.shape[1:]
-        rows = self._gradients.reshape(self.records, math.prod(shape))
+        rows = self._gradients.reshape(self.records, self.size)
         size = rows.numel() * rows.element_size()
         return {"per record": Strategy(lambda: Held(rows, lambda row: row.view(shape)), size)}
 
     @override
     def per_record(self) -> Tensor:
         return self._gradients
+
+
+def joined(terms: Sequence[Given]) -> Given:
+    """Return one term for several small parameters side by side, in the order given."""
+    rows = [term.per_record().reshape(term.records, -1) for term in terms]
+    dtype = functools.reduce(torch.promote_types, {row.dtype for row in rows})
+    return Given(", ".join(term.name for term in terms), torch.cat([row.to(dtype) for row in rows], 1))
 
 
 def added(terms: Sequence[Term]) -> Given:

@@ -84,7 +84,11 @@ class Product(Term):
         return Product(self.name, left, right, self.shape)
 
     def _rows(self) -> Tensor:
-        return torch.bmm(self.left.transpose(1, 2), self.right).flatten(1)
+        if self.space is None:
+            return torch.bmm(self.left.transpose(1, 2), self.right).flatten(1)
+        rows = self.space.rows(self.name, self.records, self.m * self.n, self.left)
+        torch.bmm(self.left.transpose(1, 2), self.right, out=rows.view(self.records, self.m, self.n))
+        return rows
 
     def _mass(self) -> tuple[Tensor, Tensor]:
         return squared_norms(self.left.flatten(1)), squared_norms(self.right.flatten(1))
@@ -123,10 +127,21 @@ class _Direct(Part):
 
     @override
     def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
+        left, right = self._weighted(factors, broken)
+        return (left @ right).view(self._term.shape)
+
+    @override
+    def add_weighted_sum(self, total: Tensor, factors: Tensor, broken: Tensor | None) -> None:
+        left, right = self._weighted(factors, broken)
+        if total.dtype == left.dtype and total.is_contiguous():
+            total.view(self._term.m, self._term.n).addmm_(left, right)
+        else:
+            total.add_((left @ right).view(self._term.shape))
+
+    def _weighted(self, factors: Tensor, broken: Tensor | None) -> tuple[Tensor, Tensor]:
         term = self._term
         left = without(term.left, broken) * factors.to(term.left.dtype).view(-1, 1, 1)
-        right = without(term.right, broken)
-        return (left.flatten(0, 1).t() @ right.flatten(0, 1)).view(term.shape)
+        return left.flatten(0, 1).t(), without(term.right, broken).flatten(0, 1)
 
 
 def _unit(matrices: Tensor, mass: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ class _Segments(Part):
     @override
     def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
         term = self._term
+        total = self._sums.new_zeros(term.rows, term.width)
+        self.add_weighted_sum(total, factors, broken)
+        return total
+
+    @override
+    def add_weighted_sum(self, total: Tensor, factors: Tensor, broken: Tensor | None) -> None:
         sums = without(self._sums, None if broken is None else broken[self._record])
         sums = sums * factors.to(sums.dtype)[self._record].unsqueeze(1)
-        return sums.new_zeros(term.rows, term.width).index_add_(0, self._row, sums)
+        total.index_add_(0, self._row, sums.to(total.dtype))

@@ -39,6 +39,10 @@ class Part(ABC):
             broken: The records to leave out, shape (records,), bool; None if there are none.
         """
 
+    def add_weighted_sum(self, total: Tensor, factors: Tensor, broken: Tensor | None) -> None:
+        """Add the weighted sum to `total`, in place."""
+        total.add_(self.weighted_sum(factors, broken))
+
 
 @final
 @dataclass(frozen=True)
@@ -54,11 +58,31 @@ class Strategy:
     bytes: int
 
 
+@final
+class Workspace:
+    """Memory that is used again from step to step: fresh pages cost more than the products that are written to them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def rows(self, name: str, records: int, size: int, like: Tensor) -> Tensor:
+        """Return uninitialised memory of shape (records, size), in the dtype and on the device of `like`.
+
+        What was handed out before under this name is overwritten.
+        """
+        kept = self._kept.get(name)
+        wanted = records * size
+        if kept is None or kept.numel() < wanted or (kept.dtype, kept.device) != (like.dtype, like.device):
+            kept = self._kept[name] = like.new_empty(wanted)
+        return kept[:wanted].view(records, size)
+
+
 class Term(ABC):
     """One parameter's gradient as one operation gives it, for every record.
 
     Attributes:
         name: The parameter.
+        space: Where gradients of records may be put; without it they get fresh memory.
         records: Number of records.
         device: Where it lies.
         signature: Equal for terms of the same kind and per-record shapes: they share their choice of strategy.
@@ -66,6 +90,7 @@ class Term(ABC):
     """
 
     name: str
+    space: Workspace | None = None
     records: int
     device: torch.device
     signature: tuple[object, ...]
@@ -96,7 +121,7 @@ def squared_norms(vectors: Tensor) -> Tensor:
     Args:
         vectors: Shape (rows, size), float32 or float64.
     """
-    rows, size = vectors.shape
+    size = vectors.shape[1]
     if vectors.dtype is torch.float64 or size < _CHUNK:
         return vectors.to(torch.float64).square().sum(1)
     whole = size - size % _CHUNK
@@ -104,15 +129,18 @@ def squared_norms(vectors: Tensor) -> Tensor:
     squared = chunks.to(torch.float64).square_().sum(1)
     if whole < size:
         squared += vectors[:, whole:].to(torch.float64).square().sum(1)
-    doubtful = ~((squared > _SMALL) & (squared < _LARGE))
-    if rows and bool(doubtful.any()):
+    if not comfortable(squared):
+        doubtful = ~((squared > _SMALL) & (squared < _LARGE))
         squared[doubtful] = vectors[doubtful].to(torch.float64).square().sum(1)
     return squared
 
 
 def comfortable(squared: Tensor) -> bool:
     """Tell whether products of values with these squared norms stay far from the ends of float32."""
-    return bool(((squared > _SMALL) & (squared < _LARGE)).all())
+    if not len(squared):
+        return True
+    low, high = torch.aminmax(squared)
+    return bool(low > _SMALL) and bool(high < _LARGE)  # NaN fails both
 
 
 def slack(mass: Tensor, dtype: torch.dtype) -> Tensor:
