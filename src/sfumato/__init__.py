@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sfumato.engines.simulation import Simulation
     from sfumato.errors import SfumatoError
     from sfumato.gradients.compute import Compute
+    from sfumato.gradients.explain import explain
     from sfumato.learning.aggregation import LocalNoise, ServerNoise, SharedNoise
     from sfumato.learning.api import federate, rounds, steps, train
     from sfumato.learning.checkpoint import Checkpoint
@@ -52,6 +53,7 @@ _HOMES = {
     "Step": "sfumato.learning.training",
     "TrainingResult": "sfumato.learning.training",
     "Unit": "sfumato.privacy.budget",
+    "explain": "sfumato.gradients.explain",
     "federate": "sfumato.learning.api",
     "load": "sfumato.data.sources",
     "rounds": "sfumato.learning.api",
@@ -85,6 +87,7 @@ __all__ = [
     "TrainingResult",
     "Unit",
     "__version__",
+    "explain",
     "federate",
     "load",
     "rounds",

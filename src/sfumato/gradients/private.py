@@ -124,9 +124,7 @@ class PrivateGradient:
         """Add the clipped gradients to `total`; return how many were not finite."""
         records = len(features)
         known = self._bytes_per_record is not None
-        tape = self.tape(parameters)
-        with torch.enable_grad(), self._precision(features):
-            losses = tape.losses(self._model, self._loss, features, targets, views=self._views)
+        tape, losses = self.forward(parameters, features, targets)
         # The first few records only tell how much memory one takes; what is fastest shows on a whole microbatch.
         timed = known or records > _FIRST
         waiting: dict[str, list[Term]] = {}
@@ -182,9 +180,16 @@ class PrivateGradient:
                     add(name, part.weighted_sum(factors[name], missing))
         return int(broken.sum())
 
-    def tape(self, parameters: dict[str, Tensor]) -> Tape:
-        """Return an empty tape with all rules."""
-        return Tape(parameters, RULES, otherwise, TOGETHER)
+    def forward(self, parameters: dict[str, Tensor], features: Tensor, targets: Tensor) -> tuple[Tape, Tensor]:
+        """Return the tape of one forward and the loss of every record, shape (records,)."""
+        tape = Tape(parameters, RULES, otherwise, TOGETHER)
+        with torch.enable_grad(), self._precision(features):
+            losses = tape.losses(self._model, self._loss, features, targets, views=self._views)
+        return tape, losses
+
+    def estimate(self, records: int) -> float:
+        """Return the bytes that so many records take at once; 0 before the first batch has shown it."""
+        return (self._bytes_per_record or 0.0) * records
 
     def _precision(self, features: Tensor) -> contextlib.AbstractContextManager[object]:
         if not self._compute.autocast:

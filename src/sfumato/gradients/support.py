@@ -18,27 +18,29 @@ def check_model(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: names the first such module and what to use in its place.
     """
+    for problem in problems(model):
+        raise UnsupportedModelError(problem)
+
+
+def problems(model: nn.Module) -> Iterator[str]:
+    """Yield a sentence for everything that makes `check_model` refuse, with what to do about it."""
     for name, module in model.named_modules():
         where = f'Module "{name or "(the model itself)"}" is {type(module).__name__}'
         if isinstance(module, _BatchNorm):
-            raise UnsupportedModelError(
+            yield (
                 f"{where}, which mixes the records of a batch, so no record's part can be bounded; "
                 "use torch.nn.GroupNorm or torch.nn.LayerNorm in its place."
             )
         if isinstance(module, _InstanceNorm) and module.track_running_stats:
-            raise UnsupportedModelError(
+            yield (
                 f"{where} with track_running_stats=True, which keeps un-noised averages of the records; "
                 "use track_running_stats=False."
             )
     if not trainable(model):
-        raise UnsupportedModelError(
-            "The model has no trainable parameter (requires_grad=True), so there is nothing to train."
-        )
+        yield "The model has no trainable parameter (requires_grad=True), so there is nothing to train."
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_floating_point():
-            raise UnsupportedModelError(
-                f'Parameter "{name}" is {parameter.dtype}; only real floating-point parameters can be trained.'
-            )
+            yield f'Parameter "{name}" is {parameter.dtype}; only real floating-point parameters can be trained.'
 
 
 @contextlib.contextmanager
