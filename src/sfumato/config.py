@@ -35,6 +35,7 @@ from sfumato.data.sources import load
 from sfumato.data.tables import TableFormat
 from sfumato.errors import AccountingError, InputError
 from sfumato.gradients.clipping import check_kind
+from sfumato.gradients.compute import Compute
 from sfumato.learning import models
 from sfumato.learning.plan import Plan
 from sfumato.privacy.budget import Budget
@@ -198,6 +199,8 @@ class TrainingSection(_Section):
     tolerate: CountOrZero | None = None
     local_steps: Count | None = None
     local_batch_size: Count | None = None
+    memory_mb: Positive | None = None
+    autocast: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -348,6 +351,11 @@ class Experiment:
         if wanted.optimizer == "adam":
             return functools.partial(torch.optim.Adam, lr=wanted.learning_rate)
         return functools.partial(torch.optim.SGD, lr=wanted.learning_rate, momentum=wanted.momentum)
+
+    def compute(self) -> Compute:
+        """Return the speed knobs."""
+        wanted = self.config.training
+        return Compute(memory_mb=wanted.memory_mb, autocast=wanted.autocast)
 
     def _table(self, paths: Paths, skip_lines: int) -> Records:
         data = self.config.data

@@ -185,6 +185,7 @@ def _runner(
                 return train(
                     model, records, chosen, loss=loss, optimizer=make(model.parameters()), ledger=ledger,
                     dataset=dataset, purpose=purpose, checkpoint=checkpoint, on_step=on_step,
+                    compute=experiment.compute(),
                 )  # fmt: skip
 
         return central
@@ -205,6 +206,7 @@ def _runner(
                 model, clients, chosen, algorithm=algorithm, engine=Simulation(), loss=loss, noise=noise,
                 populations=experiment.config.privacy.populations, ledger=ledger, dataset=dataset, purpose=purpose,
                 checkpoint=checkpoint, on_step=on_step,
+                    compute=experiment.compute(),
             )  # fmt: skip
 
     return federated

@@ -20,7 +20,7 @@ from sfumato.gradients.terms.convolution import Convolution, Geometry
 from sfumato.gradients.terms.held import Given, added
 from sfumato.gradients.terms.product import Product
 from sfumato.gradients.terms.rows import Rows
-from sfumato.gradients.terms.term import Term, squared_norms, wide
+from sfumato.gradients.terms.term import Term, Weighting, squared_norms, wide
 
 Written = Callable[[], Tensor]
 """The gradient of every record in float64, shape (records, *shape of the parameter)."""
@@ -161,7 +161,7 @@ def test_each_strategy_measures_and_sums_the_gradients_themselves(dtype: torch.d
         assert bool((part.squared >= squared * (1 - rounding(dtype))).all()), way
         most = squared * (1 + rounding(dtype)) + 1.01 * most_slack(term)
         assert bool((part.squared <= most).all()), way
-        got = part.weighted_sum(factors, None)
+        got = part.weighted_sum(Weighting(factors))
         assert got.shape == expected.shape, way
         assert close(got, expected, dtype, scale), way
 
@@ -188,7 +188,7 @@ def test_each_strategy_leaves_out_broken_records(dtype: torch.dtype, place: int,
     for way, strategy in with_broken(term, 1, value).strategies().items():
         part = strategy.make()
         assert torch.isfinite(part.squared).tolist() == kept.tolist(), way
-        got = part.weighted_sum(kept.double(), ~kept)
+        got = part.weighted_sum(Weighting(kept.double(), ~kept))
         assert close(got, expected, dtype, scale), way
 
 
@@ -211,7 +211,9 @@ def test_blocks_of_any_size_give_the_same(blocks: int, monkeypatch: pytest.Monke
         for strategy in term.strategies().values():
             part = strategy.make()
             assert torch.allclose(part.squared, squared, rtol=1e-10)
-            assert torch.allclose(part.weighted_sum(torch.ones(5, dtype=DOUBLE), None), written().sum(0), rtol=1e-10)
+            assert torch.allclose(
+                part.weighted_sum(Weighting(torch.ones(5, dtype=DOUBLE))), written().sum(0), rtol=1e-10
+            )
 
 
 def test_uses_of_one_parameter_are_measured_together() -> None:
@@ -240,7 +242,9 @@ def check_clipped(term: Term, clipping: Clipping) -> None:
         factors, broken = clipping.factors({term.name: squared}, [term.name])
         for record in range(term.records):
             alone = torch.arange(term.records) == record
-            total = strategy.make().weighted_sum(torch.where(alone, factors[term.name], 0.0), broken | ~alone)
+            total = strategy.make().weighted_sum(
+                Weighting(torch.where(alone, factors[term.name], 0.0), broken | ~alone)
+            )
             share = float(total.double().norm()) / clipping.norm
             assert share <= 1, (name, record, share)
 

@@ -31,6 +31,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def poisson_plan() -> sf.Plan:
+    """Return the one Poisson plan of all cases, two records of 60 a step, so that it is accounted for once."""
+    return sf.Plan(sf.Budget(1.0, 1e-3), sf.Poisson(1 / 30), 1.0, 2.0, 12, 60)
+
+
 def trained(plan: sf.Plan, records: sf.Records, model: nn.Module, *, lr: float = 0.5, **more: Any) -> Result:
     more.setdefault("optimizer", sgd(model, lr))
     more.setdefault("loss", LOSS)
@@ -62,11 +67,11 @@ def full_batch(folder: Path) -> Result:
 def poisson(folder: Path) -> Result:
     model = toy_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    return trained(toy_plan(batch_size=2, steps=12), toy_records(), model, optimizer=optimizer)
+    return trained(poisson_plan(), toy_records(), model, optimizer=optimizer)
 
 
 def nearly_empty(folder: Path) -> Result:
-    return trained(toy_plan(population=900, batch_size=100, steps=12), toy_records(3), toy_model(), lr=5.0)
+    return trained(poisson_plan(), toy_records(6), toy_model())
 
 
 def shuffled(folder: Path) -> Result:
@@ -121,7 +126,7 @@ def noise_ratios() -> list[float]:
     model = nn.Linear(4, 1000)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-    plan = toy_plan(2.0, 60, 6, 4)
+    plan = poisson_plan()
     ratios = []
     training = sf.steps(
         model, toy_records(), plan, loss=lambda outputs, targets: outputs.sum() * 0, optimizer=sgd(model, 1.0)
@@ -178,7 +183,7 @@ def ledger_once(folder: Path) -> Result:
 def disagreement(folder: Path) -> Result:
     ledger, other = opened(folder, "disagreement"), rank() == 1
     return {
-        "records": attempt(lambda: trained(toy_plan(), toy_records(seed=other), toy_model(), ledger=ledger)),
+        "records": attempt(lambda: trained(toy_plan(), toy_records(seed=int(other)), toy_model(), ledger=ledger)),
         "order": attempt(
             lambda: trained(
                 toy_plan(), toy_records().select(torch.arange(60).roll(int(other))), toy_model(), ledger=ledger
@@ -265,7 +270,7 @@ def checkpointed(folder: Path, model: nn.Module, *, resume: bool, path: str = "r
         ledger.grant("toy", sf.Budget(2.0, 1e-3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     return sf.steps(
-        model, toy_records(), toy_plan(steps=8, batch_size=20), loss=LOSS, optimizer=optimizer, ledger=ledger,
+        model, toy_records(), poisson_plan(), loss=LOSS, optimizer=optimizer, ledger=ledger,
         checkpoint=sf.Checkpoint(folder / path, every=2, resume=resume),
     )  # fmt: skip
 

@@ -198,7 +198,7 @@ class Records:
         digest = hashlib.sha256()
         for tensor in (self.features, self.targets):
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.contiguous().numpy().data)
+            digest.update(tensor.contiguous().cpu().numpy().data)
         return digest.hexdigest()
 
     def __len__(self) -> int:

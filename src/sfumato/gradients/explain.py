@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, final
@@ -17,7 +18,7 @@ from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.strategies import CHOICES
 from sfumato.gradients.support import problems, trainable
 from sfumato.gradients.tape import Use
-from sfumato.gradients.terms.term import Term
+from sfumato.gradients.terms.term import Term, Weighting
 
 
 @final
@@ -29,7 +30,7 @@ class Row:
         layer: The module's name.
         operation: The torch function that was called.
         rule: Which rule follows it; "reference (...)" is the slow path for that operation alone.
-        strategy: How the gradients of each parameter are measured and summed.
+        strategy: How the gradients of its largest parameter are measured and summed.
         parameters: Number of trained coordinates.
         memory_mb: Megabytes that its gradients hold until the sum is made, for one microbatch.
         share: Of the time of the whole gradient, 0 to 1.
@@ -50,7 +51,7 @@ class Explanation:
     """The table, printed by `print`.
 
     Attributes:
-        rows: One for each use of a layer, in the order of the backward.
+        rows: One for each use of a layer, about in the order of the forward.
         refused: What would be refused and how to mend it; empty if the model can be trained privately.
         microbatch: Records that are computed together.
         memory_mb: Estimated megabytes that a microbatch takes besides the model.
@@ -120,22 +121,23 @@ def _rows(gradient: PrivateGradient, model: nn.Module, features: Tensor, targets
     rows: list[Row] = []
 
     def take(use: Use, terms: list[Term]) -> None:
-        names, sizes, seconds, held = [], 0, 0.0, 0
+        sizes, seconds, held = 0, 0.0, 0
         for term in terms:
-            name = CHOICES.name(term, float("inf"), timed=False)
-            way = term.strategies()[name]
+            way = term.strategies()[CHOICES.name(term, math.inf, timed=False)]
+            ones = Weighting(torch.ones(term.records, dtype=torch.float64, device=term.device))
             begun = time.perf_counter()
-            way.make().weighted_sum(torch.ones(term.records, dtype=torch.float64, device=term.device), None)
+            way.make().weighted_sum(ones)
             seconds += time.perf_counter() - begun
-            if name not in names:
-                names.append(name)
             sizes += parameters[term.name].numel()
             held += way.bytes
+        largest = max(terms, key=lambda term: parameters[term.name].numel())  # beside it a bias is nothing
+        strategy = CHOICES.name(largest, math.inf, timed=False)
         layer = use.layer.rpartition(".")[0] or "(the model itself)"
-        rows.append(Row(layer, use.operation, use.rule, ", ".join(names), sizes, held / 1e6, min(1.0, seconds / whole)))
+        share = min(1.0, seconds / whole)
+        rows.append(Row(layer, use.operation, use.rule, strategy, sizes, held / 1e6, share))
 
     tape.backward(losses, take)
-    return rows
+    return rows[::-1]
 
 
 def _pair(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

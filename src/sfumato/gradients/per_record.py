@@ -60,16 +60,23 @@ def clipped_gradient_sum(
     parameters = trainable(model)
     if len(features) > MAX_UNITS:
         raise UnsupportedModelError(f"A batch may hold at most {MAX_UNITS} records; lower the batch size.")
-    frozen: dict[str, Tensor] = {n: tensor for n, tensor in model.named_parameters() if n not in parameters}
-    frozen.update(model.named_buffers())
+    # Every place of every parameter once; functional_call would leave a module that stands in two places changed.
+    name_of = {id(tensor): name for name, tensor in parameters.items()}
+    places = {
+        f"{path}.{key}" if path else key: name_of[id(tensor)]
+        for path, module in model.named_modules()
+        for key, tensor in module.named_parameters(recurse=False)
+        if id(tensor) in name_of
+    }
     total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
 
     def loss_of_one(weights: dict[str, Tensor], feature: Tensor, target: Tensor) -> Tensor:
+        placed = {place: weights[name] for place, name in places.items()}
         if views:
-            outputs = functional_call(model, (weights, frozen), (feature,))
+            outputs = functional_call(model, placed, (feature,), tie_weights=False)
             losses = loss(outputs, target.expand(len(feature), *target.shape))
             return losses if losses.dim() == 0 else losses.mean()
-        outputs = functional_call(model, (weights, frozen), (feature.unsqueeze(0),))
+        outputs = functional_call(model, placed, (feature.unsqueeze(0),), tie_weights=False)
         return loss(outputs, target.unsqueeze(0)).sum()
 
     per_record = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")

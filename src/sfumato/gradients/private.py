@@ -23,7 +23,7 @@ from sfumato.gradients.strategies import CHOICES
 from sfumato.gradients.support import check_model, trainable
 from sfumato.gradients.tape import Tape, Use
 from sfumato.gradients.terms.held import Given, added, joined
-from sfumato.gradients.terms.term import Part, Term, Workspace
+from sfumato.gradients.terms.term import Part, Term, Weighting, Workspace
 from sfumato.privacy.bounded import Bounded
 
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
@@ -161,6 +161,8 @@ class PrivateGradient:
                 return 0
             factors, broken = self._clipping.factors({name: part.squared for name, part in parts.items()}, parameters)
             missing = broken if bool(broken.any()) else None
+            made = {id(values): Weighting(values, missing) for values in factors.values()}
+            weightings = {name: made[id(values)] for name, values in factors.items()}
 
             def add(name: str, sums: Tensor) -> None:
                 if name in total:
@@ -171,13 +173,13 @@ class PrivateGradient:
             for name in list(parts):
                 part = parts.pop(name)
                 if name == _JOINED:
-                    sums = part.weighted_sum(factors[name], missing)
+                    sums = part.weighted_sum(weightings[name])
                     for term, piece in zip(small, sums.split([term.size for term in small]), strict=True):
                         add(term.name, piece.view(parameters[term.name].shape))
                 elif name in total:
-                    part.add_weighted_sum(total[name], factors[name], missing)
+                    part.add_weighted_sum(total[name], weightings[name])
                 else:
-                    add(name, part.weighted_sum(factors[name], missing))
+                    add(name, part.weighted_sum(weightings[name]))
         return int(broken.sum())
 
     def forward(self, parameters: dict[str, Tensor], features: Tensor, targets: Tensor) -> tuple[Tape, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sfumato.gradients.terms.term import Strategy, Term
+from sfumato.gradients.terms.term import Strategy, Term, Weighting
 
 _WORTH_TIMING = 10**7  # multiplications; below, every strategy is over in a fraction of a millisecond
 _LESS_MEMORY = 1.1  # how much slower than the fastest a strategy may be if it holds less
@@ -44,7 +44,7 @@ CHOICES = Choices()
 
 
 def _fastest(ways: Mapping[str, Strategy], term: Term, room: float) -> str:
-    ones = torch.ones(term.records, dtype=torch.float64, device=term.device)
+    ones = Weighting(torch.ones(term.records, dtype=torch.float64, device=term.device))
     fitting = {name: way for name, way in ways.items() if way.bytes <= room} or ways
     times = {}
     for name, way in fitting.items():
@@ -54,11 +54,11 @@ def _fastest(ways: Mapping[str, Strategy], term: Term, room: float) -> str:
     return min(good, key=lambda name: ways[name].bytes)
 
 
-def _seconds(way: Strategy, factors: torch.Tensor) -> float:
-    _wait(factors)
+def _seconds(way: Strategy, weighting: Weighting) -> float:
+    _wait(weighting.factors)
     begun = time.perf_counter()
-    way.make().weighted_sum(factors, None)
-    _wait(factors)
+    way.make().weighted_sum(weighting)
+    _wait(weighting.factors)
     return time.perf_counter() - begun
 
 

@@ -61,10 +61,15 @@ def running(model: nn.Module, how: str, *, quote: bool) -> Iterator[None]:
     except SfumatoError:
         raise
     except Exception as error:
+        if "inplace operation" in str(error):  # autograd's words, which quote shapes alone
+            raise UnsupportedModelError(
+                f"{type(model).__name__} changes a tensor in place that its gradient needs; use operations that return a new "
+                "tensor (inplace=False)."
+            ) from None
         said = f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})" if quote else ""
         raise UnsupportedModelError(
             f"{type(model).__name__} with this loss cannot be run {how}{said}. Usual causes: an input or target of the wrong "
-            "shape or range, a buffer changed in forward, or a decision on a tensor's value. Run "
+            "shape or range, a buffer or activation changed in place, or a decision on a tensor's value. Run "
             "loss(model(features[:1]), targets[:1]) on made-up records to see torch's message."
         ) from (error if quote else None)
 

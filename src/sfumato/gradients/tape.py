@@ -15,12 +15,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from sfumato.errors import UnsupportedModelError
+from sfumato.errors import SfumatoError, UnsupportedModelError
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.support import running
 from sfumato.gradients.terms.held import Given
@@ -127,6 +127,7 @@ class Tape(TorchFunctionMode):
         device = next(iter(parameters.values())).device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._computed: dict[str, Tensor] = {}
+        self._model: nn.Module = nn.Identity()
         self._level = -1
         self._records = 0
         self._operation = ""
@@ -141,7 +142,7 @@ class Tape(TorchFunctionMode):
                 return losses if losses.dim() == 0 else losses.mean()
             return loss(model(feature.unsqueeze(0)), target.unsqueeze(0)).sum()
 
-        self._records = len(features)
+        self._records, self._model = len(features), model
         with running(model, "one record at a time", quote=False), self:
             losses: Tensor = vmap(of_one, randomness="different")(features, targets)
         return losses
@@ -169,13 +170,19 @@ class Tape(TorchFunctionMode):
                 use.edges[0].node.register_prehook(_taking(use, given))
         edges = [edge for use in last for edge in use.edges]
         wanted: list[Any] = [*edges, *self._parameters.values()]
-        found: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
+        with running(self._model, "one record at a time", quote=False), torch.enable_grad():
+            found: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
         for name, unseen in zip(self._parameters, found[len(edges) :], strict=True):
             if unseen is not None:
                 raise UnsupportedModelError(
                     f'Parameter "{name}" reaches the loss on a way that cannot be followed, for example a random operation '
                     "on the parameter itself or a compiled function; apply it to the layer's input or output instead."
                 )
+        passed_by = [use for use in self.uses if use.in_passing and self._terms[use.number] is not None]
+        if passed_by and (reached := _nodes(losses.grad_fn)):
+            for use in passed_by:
+                if use.edges[0].node in reached:
+                    raise SfumatoError(f"The gradient of {use.operation} was passed by; this is a fault in sfumato.")
         position = 0
         for use in last:
             place = slice(position, position + len(use.edges))
@@ -329,14 +336,15 @@ def _taking(
 
 def _leaves(value: Tensor) -> set[int]:
     """Return the ids of the tensors that a value was computed from."""
-    found: set[int] = set()
-    waiting, seen = [value.grad_fn], set()
+    return {id(node.variable) for node in _nodes(value.grad_fn) if hasattr(node, "variable")}
+
+
+def _nodes(start: Node | None) -> set[Node]:
+    """Return all nodes of autograd's graph that a backward from `start` can reach."""
+    waiting, seen = [start], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting.extend(before for before, _ in node.next_functions)
-    return found
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(before for before, _ in node.next_functions)
+    return seen

@@ -21,6 +21,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, final
@@ -133,9 +134,7 @@ class Team:
         states = self.gather(torch.tensor([failed, len(text)]))
         broken = [rank for rank, (flag, _) in enumerate(states) if flag]
         speaker = broken[0] if broken else 0
-        sent = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text and self.rank == speaker else None
-        heard = self.broadcast(sent, states[speaker][1], torch.uint8, speaker)
-        answer = bytes(heard.tolist()).decode()
+        answer = self.send(text, states[speaker][1], speaker).decode()
         if broken and not failed:
             raise self._remember(ProcessError(f"Rank {speaker} of {self.size} stopped: {answer} {_SPENT}"))
         return answer
@@ -148,15 +147,24 @@ class Team:
             dist.all_gather(rows, own)
             return [row.tolist() for row in rows]
 
-    def broadcast(self, tensor: Tensor | None, count: int, dtype: torch.dtype, speaker: int = 0) -> Tensor:
-        """Return the tensor of rank `speaker`, shape (count,); the others give none."""
-        if tensor is None or self.rank != speaker:
-            tensor = torch.empty(count, dtype=dtype, device=self._device)
+    def send(self, data: bytes, size: int, speaker: int = 0) -> bytes:
+        """Return the `size` bytes of rank `speaker`; what the others give is not heard."""
+        own = data if self.rank == speaker else bytes(size)
+        # An empty buffer has no address to be read from.
+        heard = self.broadcast(torch.frombuffer(bytearray(own), dtype=torch.uint8), speaker) if size else torch.empty(0)
+        return heard.cpu().numpy().tobytes()
+
+    def broadcast(self, tensor: Tensor, speaker: int = 0) -> Tensor:
+        """Return the tensor of rank `speaker`; that of the others, of the same shape and dtype, is used up."""
         tensor = tensor.to(self._device).contiguous()
-        if count:
+        if tensor.numel():
             with self._connected():
                 dist.broadcast(tensor, speaker)
         return tensor
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return a vector for what another rank will send."""
+        return torch.empty(count, dtype=dtype, device=self._device)
 
     def add_up(self, tensor: Tensor) -> None:
         """Add the tensors of all ranks up, into that of rank 0; the others' are used up."""
@@ -172,7 +180,8 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            said = str(error).partition("\n")[0]
+            # Its first sentence, without the place in the library's own source.
+            said = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
             raise self._remember(
                 ProcessError(
                     f"Rank {self.rank} of {self.size} lost touch with the others ({said}). {_SPENT} "
@@ -301,10 +310,12 @@ class Shared(Procedure):
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         parameters = trainable(self._model)
         dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters.values()))
-        sent = self._team.flat([released["all"].value[name] for name in parameters], dtype) if self.leads else None
+        if self.leads:
+            total = self._team.flat([released["all"].value[name] for name in parameters], dtype)
+        else:
+            total = self._team.empty(sum(parameter.numel() for parameter in parameters.values()), dtype)
         self._team.meet()
-        count = sum(parameter.numel() for parameter in parameters.values())
-        self._central.use(self._split(self._team.broadcast(sent, count, dtype)))
+        self._central.use(self._split(self._team.broadcast(total)))
 
     @override
     def plain(self, step: int) -> None:
@@ -319,7 +330,7 @@ class Shared(Procedure):
         total = self._team.flat([*gradients, reached], torch.float64)
         self._team.meet()
         self._team.add_up(total)
-        total = self._team.broadcast(total, len(total), total.dtype)
+        total = self._team.broadcast(total)
         whole = self._split(total)
         # A parameter that no record reaches has no gradient, so that the optimiser leaves it alone, as in one process.
         for (name, parameter), flag in zip(parameters.items(), total[-len(reached) :].tolist(), strict=True):
@@ -348,7 +359,7 @@ class Shared(Procedure):
         if drawn is not None and len(drawn) > MAX_UNITS:
             raise UnsupportedModelError(f"A batch may hold at most {MAX_UNITS} records; lower the batch size.")
         count = int(self._team.meet("" if drawn is None else str(len(drawn))))
-        return self._team.broadcast(drawn, count, torch.int64).cpu()
+        return self._team.broadcast(torch.empty(count, dtype=torch.int64) if drawn is None else drawn).cpu()
 
     def _split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return what `Team.flat` made of one tensor for each trainable parameter, by name, on the parameters' devices."""
@@ -367,12 +378,11 @@ class Shared(Procedure):
             torch.save({"model": self._model.state_dict(), "procedure": self._central.state()}, buffer)
             saved = buffer.getvalue()
         count = int(self._team.meet(str(len(saved))))
-        sent = torch.frombuffer(bytearray(saved), dtype=torch.uint8) if self.leads else None
-        heard = self._team.broadcast(sent, count, torch.uint8)
+        heard = self._team.send(saved, count)
         if self.leads:
             return
         try:
-            state = torch.load(io.BytesIO(heard.cpu().numpy().tobytes()), weights_only=True, map_location="cpu")
+            state = torch.load(io.BytesIO(heard), weights_only=True, map_location="cpu")
             self._model.load_state_dict(state["model"])
             self._central.restore(state["procedure"])
         except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:

@@ -23,7 +23,8 @@ def attention(
     q, k, v = (tape.open(t).flatten(0, 1) if tape.has_records(t) and t.dim() > 2 else None for t in (query, key, value))
     mask = attn_mask
     if attn_mask is not None and tape.has_records(attn_mask) and attn_mask.dim() == query.dim():
-        mask = tape.open(attn_mask).flatten(0, 1)
+        mask = tape.open(attn_mask)
+        mask = mask.expand(-1, len(query), *mask.shape[2:]).flatten(0, 1)
         fits = True
     else:
         fits = attn_mask is None or (not tape.has_records(attn_mask) and (attn_mask.dim() == 2 or len(attn_mask) == 1))
@@ -47,8 +48,6 @@ def multi_head_attention(
     """Follow `torch.nn.functional.multi_head_attention_forward` for inputs of shape (tokens, batch, width)."""
     unusual = (bias_k, bias_v, static_k, static_v)
     if add_zero_attn or query.dim() != 3 or any(tensor is not None for tensor in unusual):
-        return NotImplemented
-    if not all(tape.has_records(tensor) for tensor in (query, key, value)):
         return NotImplemented
     with tape:  # so that the linear layers below are seen
         if use_separate_proj_weight:
@@ -80,6 +79,16 @@ def multi_head_attention(
         if weights_out is not None and average_attn_weights:
             weights_out = weights_out.mean(1)
     return out, weights_out
+
+
+@together(F.multi_head_attention_forward)
+def frozen_attention(tape: Tape, *args: Any, **kwargs: Any) -> Any:
+    """Run multi-head attention without trained parameters through the same pieces, which have batched kernels."""
+    result = multi_head_attention(tape, *args, **kwargs)
+    if result is not NotImplemented:
+        return result
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.multi_head_attention_forward(*args, **kwargs)
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, like: Tensor, heads: int, keys: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def _follow(
     assert w is not None
     out = run(images.flatten(0, 1), w.value, b.value if b else None)
     kept, records = Kept(images), tape.records
+    bare = dataclasses.replace(geometry, padding=(0,) * dims)
 
     def terms(gradients: Sequence[Tensor | None]) -> Iterator[Term]:
         (gradient,) = gradients
@@ -41,14 +43,26 @@ def _follow(
         gradient = gradient.unflatten(0, (records, -1))
         if w.name:
             # The kernel of a transposed convolution is that of the convolution which leads back.
-            seen, moved = (gradient, kept.get()) if transposed else (kept.get(), gradient)
-            yield Convolution(w.name, seen, moved, geometry)
+            if transposed:
+                yield Convolution(w.name, _led_back(gradient, kept.get(), geometry), kept.get(), bare)
+            else:
+                yield Convolution(w.name, kept.get(), gradient, geometry)
         if b is not None and b.name:
             yield Given(b.name, wide(gradient).flatten(3).sum((1, 3)))
 
     tape.note("transposed convolution" if transposed else "convolution", (w, b), (x,), (out,), terms)
     out = out.unflatten(0, (records, -1))
     return tape.close(out.squeeze(1) if single else out)
+
+
+def _led_back(outputs: Tensor, inputs: Tensor, geometry: Geometry) -> Tensor:
+    """Return what the reverse convolution sees of a transposed one's outputs: padded, and no more than leads to the inputs."""
+    sides: list[int] = []
+    for d in reversed(range(geometry.dims)):
+        reach = geometry.dilation[d] * (geometry.kernel[2 + d] - 1) + 1
+        needed = (inputs.shape[3 + d] - 1) * geometry.stride[d] + reach
+        sides += [geometry.padding[d], needed - geometry.padding[d] - outputs.shape[3 + d]]
+    return F.pad(outputs, sides)
 
 
 def _convolution(dims: int, function: Any) -> Rule:

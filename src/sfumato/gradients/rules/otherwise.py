@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from sfumato.errors import UnsupportedModelError
@@ -38,10 +39,18 @@ def otherwise(tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
             assert weight is not None
             weights[place] = weight
 
+    device = opened[0].device.type
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
     def run(values: dict[int, Tensor]) -> tuple[list[Any], Any]:
         mixed = [values.get(place, leaf) for place, leaf in enumerate(leaves)]
         new_args, new_kwargs = pytree.tree_unflatten(mixed, structure)
-        return pytree.tree_flatten(function(*new_args, **new_kwargs))
+        # The fused attention kernels have no batched form. The backward is outside of the forward's autocast.
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(device, dtype=autocast[1], enabled=autocast[0], cache_enabled=False),
+        ):
+            return pytree.tree_flatten(function(*new_args, **new_kwargs))
 
     outputs, shape = run({place: weight.value for place, weight in weights.items()})
     followed = [
@@ -73,11 +82,11 @@ def otherwise(tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
 
         try:
             pulled = vmap(pull, randomness="error")(upstream, held)
-        except RuntimeError as error:
+        except RuntimeError:
             raise UnsupportedModelError(
                 f'{name} with the parameter "{next(iter(weights.values())).name}" has no rule and cannot be repeated for one '
                 "record at a time (it may be random); split it into simpler operations, or freeze the parameter."
-            ) from error
+            ) from None
         for weight, gradient in zip(weights.values(), pulled, strict=True):
             yield Given(weight.name, gradient)
 

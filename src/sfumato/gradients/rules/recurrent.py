@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ def _recurrent(cell: Cell, states: int) -> Callable[..., Any]:
                 "A recurrent layer got a packed sequence, which mixes the records' steps; give it a padded tensor."
             )
         start, weights, biased, layers, dropout, training, both_ways, batch_first = rest
-        projected = len(weights) > layers * (2 if both_ways else 1) * (4 if biased else 2)
-        if projected or not tape.has_records(input) or input.dim() != 3:
+        if not tape.has_records(input) or input.dim() != 3:
             return NotImplemented
         return _run(
             tape, cell, states, input, start if states > 1 else (start,), weights, biased=biased, layers=layers,
@@ -69,7 +68,7 @@ def _run(
     images = input.shape[batch]
     x = tape.open(input).movedim(batch + 1, 1).flatten(0, 1)  # (records * images, steps, in)
     ways = 2 if both_ways else 1
-    each = 4 if biased else 2
+    each = len(weights) // (layers * ways)  # two products, perhaps their biases, perhaps a projection
     opened = [_opened(tape, tensor, images) for tensor in start]  # (layers * ways, records * images, hidden)
     ends: list[State] = []
     for layer in range(layers):
@@ -79,12 +78,11 @@ def _run(
         for way in range(ways):
             place = layer * ways + way
             mine = [tape.weight(tensor) for tensor in weights[place * each : (place + 1) * each]]
-            w_in, w_hidden, *rest = mine
-            assert w_in is not None
-            assert w_hidden is not None
-            b_in, b_hidden = rest if biased else (None, None)
+            into = _Dense(mine[0], mine[2] if biased else None)
+            again = _Dense(mine[1], mine[3] if biased else None)
+            project = _Dense(mine[-1], None) if each % 2 else None
             state = tuple(tensor[place] for tensor in opened)
-            out, end = _unroll(tape, cell, x, state, (w_in, b_in), (w_hidden, b_hidden), backwards=way == 1)
+            out, end = _unroll(tape, cell, x, state, into, again, project, backwards=way == 1)
             outs.append(out)
             ends.append(end)
         x = torch.cat(outs, -1) if both_ways else outs[0]
@@ -105,40 +103,54 @@ def _opened(tape: Tape, state: Tensor, images: int) -> Tensor:
     return state.repeat(1, tape.records, 1)
 
 
+@final
+class _Dense:
+    """One linear layer of the recurrence and what it saw, step by step."""
+
+    def __init__(self, weight: Weight | None, bias: Weight | None) -> None:
+        assert weight is not None
+        self.weight, self.bias = weight, bias
+        self.is_trained = bool(weight.name or (bias is not None and bias.name))
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight.value, self.bias.value if self.bias else None)
+        if self.is_trained:
+            self.inputs.append(x)
+            self.outputs.append(out)
+        return out
+
+    def note(self, tape: Tape) -> None:
+        """Note all steps as one use, whose positions are the steps."""
+        if not self.is_trained:
+            return
+        records, inputs = tape.records, [Kept(x) for x in self.inputs]
+
+        def terms(gradients: Sequence[Tensor | None]) -> Iterator[Term]:
+            reached = [(x.get(), g) for x, g in zip(inputs, gradients, strict=True) if g is not None]
+            seen = torch.stack([x for x, _ in reached], 1)
+            upstream = torch.stack([gradient for _, gradient in reached], 1)
+            yield from matrix_terms(self.weight, self.bias, Kept(seen.reshape(records, -1, seen.shape[-1])), upstream)
+
+        tape.note("recurrent", (self.weight, self.bias), self.inputs, self.outputs, terms)
+
+
 def _unroll(
-    tape: Tape, cell: Cell, x: Tensor, state: State, into: tuple[Weight, Weight | None],
-    again: tuple[Weight, Weight | None], *, backwards: bool,
+    tape: Tape, cell: Cell, x: Tensor, state: State, into: _Dense, again: _Dense, project: _Dense | None, *,
+    backwards: bool,
 ) -> tuple[Tensor, State]:  # fmt: skip
     rows, steps = x.shape[:2]
-    w_in, b_in = into
-    w_hidden, b_hidden = again
-    gates = F.linear(x.reshape(rows * steps, -1), w_in.value, b_in.value if b_in else None)
-    by_step = gates.view(rows, steps, -1).unbind(1)
-    hidden_gates: list[Tensor] = []
-    seen: list[Tensor] = []
+    by_step = into(x.reshape(rows * steps, -1)).view(rows, steps, -1).unbind(1)
     outs: list[Tensor] = [x] * steps
     for step in reversed(range(steps)) if backwards else range(steps):
-        seen.append(state[0].detach())
-        hidden = F.linear(state[0], w_hidden.value, b_hidden.value if b_hidden else None)
-        hidden_gates.append(hidden)
-        state = cell(by_step[step], hidden, state)
+        state = cell(by_step[step], again(state[0]), state)
+        if project is not None:
+            state = (project(state[0]), *state[1:])
         outs[step] = state[0]
-    kept, records = Kept(x), tape.records
-
-    def terms(gradients: Sequence[Tensor | None]) -> Iterator[Term]:
-        first, *later = gradients
-        if first is not None:
-            inputs = kept.get()
-            if w_in.name or (b_in is not None and b_in.name):
-                yield from matrix_terms(w_in, b_in, Kept(inputs.reshape(records, -1, inputs.shape[-1])), first)
-        reached = [(state, g) for state, g in zip(seen, later, strict=True) if g is not None]
-        if reached:
-            before = torch.stack([state for state, _ in reached], 1)
-            upstream = torch.stack([gradient for _, gradient in reached], 1)
-            before = before.reshape(records, -1, before.shape[-1])
-            yield from matrix_terms(w_hidden, b_hidden, Kept(before), upstream)
-
-    tape.note("recurrent", (w_in, w_hidden, b_in, b_hidden), (x, *state), (gates, *hidden_gates), terms)
+    for dense in (into, again, project):
+        if dense is not None:
+            dense.note(tape)
     return torch.stack(outs, 1), state
 
 

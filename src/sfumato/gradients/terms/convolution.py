@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from sfumato.gradients.terms.held import Held
 from sfumato.gradients.terms.product import Product
-from sfumato.gradients.terms.term import Part, Strategy, Term, slack, squared_norms, wide, without
+from sfumato.gradients.terms.term import Part, Strategy, Term, Weighting, slack, squared_norms, wide
 
 _BLOCK = 2**21  # numbers of patches that are copied out together
 _backward = torch.ops.aten.convolution_backward.default
@@ -102,12 +102,14 @@ class Convolution(Term):
         rows = self._grouped(slice(None))
         return rows.rows.view(self.records, *self.geometry.kernel)
 
-    def direct(self, factors: Tensor, broken: Tensor | None) -> Tensor:
+    def direct(self, weighting: Weighting, masses: tuple[Tensor, Tensor]) -> Tensor:
         """Return the weighted sum in one call of torch's kernel for the batch."""
-        gradients = without(self.gradients, broken)
-        gradients = gradients * factors.to(gradients.dtype).view(-1, *[1] * (gradients.dim() - 1))
-        inputs = without(self.inputs, broken)
+        gradients, inputs = weighting.balanced(self.gradients, self.inputs, *masses)
         return self._kernel_gradient(inputs.flatten(0, 1), gradients.flatten(0, 1), 1)
+
+    def masses(self) -> tuple[Tensor, Tensor]:
+        """Return the squared norms of each record's gradients and inputs, shape (records,), float64."""
+        return squared_norms(self.gradients.flatten(1)), squared_norms(self.inputs.flatten(1))
 
     def _kernel_gradient(self, inputs: Tensor, gradients: Tensor, times: int) -> Tensor:
         """Return torch's gradient of a kernel with `times` as many groups, (times * out, in / groups, *size)."""
@@ -195,8 +197,8 @@ class Convolution(Term):
             part = slice(start, start + step)
             squared[part] = squared_norms(kernel(part).rows)
         # The patches hold every input at most once for each place of the kernel.
-        inputs = squared_norms(self.inputs.flatten(1)) * math.prod(self.geometry.kernel[2:])
-        return squared + slack(inputs * squared_norms(self.gradients.flatten(1)), self.inputs.dtype)
+        gradients, inputs = self.masses()
+        return squared + slack(gradients * inputs * math.prod(self.geometry.kernel[2:]), self.inputs.dtype)
 
     def _ghost(self) -> Tensor:
         squared = torch.empty(self.records, dtype=torch.float64, device=self.inputs.device)
@@ -207,7 +209,7 @@ class Convolution(Term):
             right = patches.reshape(len(patches), -1, self.positions).transpose(1, 2)
             left = self.gradients[block].transpose(1, 2).reshape(len(patches), out, self.positions).transpose(1, 2)
             product = Product(self.name, left, right, self.geometry.kernel)
-            squared[block] = product.ghost()
+            squared[block] = product.ghost(*product.masses())
         return squared
 
 
@@ -230,5 +232,5 @@ class _Direct(Part):
         self._term, self.squared = term, squared
 
     @override
-    def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
-        return self._term.direct(factors, broken)
+    def weighted_sum(self, weighting: Weighting) -> Tensor:
+        return self._term.direct(weighting, self._term.masses())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from sfumato.gradients.terms.term import Part, Strategy, Term, squared_norms, wide, without
+from sfumato.gradients.terms.term import Part, Strategy, Term, Weighting, squared_norms, wide, without
 
 
 @final
@@ -28,9 +28,11 @@ class Held(Part):
         self.squared = squared_norms(rows)
 
     @override
-    def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
-        rows = without(self._rows, broken)
-        return self._finish((factors.to(rows.dtype).unsqueeze(0) @ rows).squeeze(0))
+    def weighted_sum(self, weighting: Weighting) -> Tensor:
+        if not weighting.is_gentle:
+            return self._finish(weighting.scaled(self._rows).sum(0))
+        rows = without(self._rows, weighting.broken)
+        return self._finish((weighting.factors.to(rows.dtype).unsqueeze(0) @ rows).squeeze(0))
 
 
 @final

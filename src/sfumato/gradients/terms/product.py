@@ -7,7 +7,7 @@ one position, Li et al. 2022 for several).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -19,11 +19,11 @@ from sfumato.gradients.terms.term import (
     Part,
     Strategy,
     Term,
+    Weighting,
     comfortable,
     slack,
     squared_norms,
     wide,
-    without,
 )
 
 _BLOCK = 2**20  # coordinates of the gradients that are measured together, so that they stay in the cache
@@ -54,11 +54,11 @@ class Product(Term):
     @override
     def strategies(self) -> Mapping[str, Strategy]:
         if self.positions == 1:
-            return {"outer product": Strategy(lambda: _Direct(self, self._outer()), 0)}
+            return {"outer product": Strategy(lambda: _Direct(self, torch.mul), 0)}
         size = self.left.element_size() * self.records
         held = Strategy(lambda: Held(self._rows(), lambda row: row.view(self.shape)), size * self.m * self.n)
-        ghost = Strategy(lambda: _Direct(self, self.ghost()), 0)
-        blocks = Strategy(lambda: _Direct(self, self._blocks()), 0)
+        ghost = Strategy(lambda: _Direct(self, self.ghost), 0)
+        blocks = Strategy(lambda: _Direct(self, self._blocks), 0)
         ghost_work, product_work = self.positions * (self.m + self.n), self.m * self.n
         if ghost_work > 4 * product_work:
             return {"per record": held, "in blocks": blocks}
@@ -90,17 +90,13 @@ class Product(Term):
         torch.bmm(self.left.transpose(1, 2), self.right, out=rows.view(self.records, self.m, self.n))
         return rows
 
-    def _mass(self) -> tuple[Tensor, Tensor]:
+    def masses(self) -> tuple[Tensor, Tensor]:
+        """Return the squared norms of each record's left and right, shape (records,), float64."""
         return squared_norms(self.left.flatten(1)), squared_norms(self.right.flatten(1))
 
-    def _outer(self) -> Tensor:
-        left, right = self._mass()
-        return left * right
-
-    def ghost(self) -> Tensor:
-        """Return the squared norms without the gradients, shape (records,), float64."""
+    def ghost(self, left_mass: Tensor, right_mass: Tensor) -> Tensor:
+        """Return the squared norms without the gradients, shape (records,), float64, given the masses."""
         left, right = self.left, self.right
-        left_mass, right_mass = self._mass()
         mass = left_mass * right_mass
         scale = torch.ones_like(mass)
         if not (comfortable(left_mass) and comfortable(right_mass)):
@@ -108,8 +104,7 @@ class Product(Term):
         pairs = torch.bmm(left, left.transpose(1, 2)).mul_(torch.bmm(right, right.transpose(1, 2)))
         return pairs.sum(2).to(torch.float64).sum(1).clamp_(min=0) * scale + slack(mass, left.dtype)
 
-    def _blocks(self) -> Tensor:
-        left_mass, right_mass = self._mass()
+    def _blocks(self, left_mass: Tensor, right_mass: Tensor) -> Tensor:
         squared = torch.empty(self.records, dtype=torch.float64, device=self.left.device)
         block = max(1, _BLOCK // (self.m * self.n))
         for start in range(0, self.records, block):
@@ -122,26 +117,27 @@ class Product(Term):
 class _Direct(Part):
     """Measured without holding the gradients; the weighted sum is one matrix product."""
 
-    def __init__(self, term: Product, squared: Tensor) -> None:
-        self._term, self.squared = term, squared
+    def __init__(self, term: Product, squared: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._term, self._masses = term, term.masses()
+        self.squared = squared(*self._masses)
 
     @override
-    def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
-        left, right = self._weighted(factors, broken)
+    def weighted_sum(self, weighting: Weighting) -> Tensor:
+        left, right = self._weighted(weighting)
         return (left @ right).view(self._term.shape)
 
     @override
-    def add_weighted_sum(self, total: Tensor, factors: Tensor, broken: Tensor | None) -> None:
-        left, right = self._weighted(factors, broken)
+    def add_weighted_sum(self, total: Tensor, weighting: Weighting) -> None:
+        left, right = self._weighted(weighting)
         if total.dtype == left.dtype and total.is_contiguous():
             total.view(self._term.m, self._term.n).addmm_(left, right)
         else:
             total.add_((left @ right).view(self._term.shape))
 
-    def _weighted(self, factors: Tensor, broken: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _weighted(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
         term = self._term
-        left = without(term.left, broken) * factors.to(term.left.dtype).view(-1, 1, 1)
-        return left.flatten(0, 1).t(), without(term.right, broken).flatten(0, 1)
+        left, right = weighting.balanced(term.left, term.right, *self._masses)
+        return left.flatten(0, 1).t(), right.flatten(0, 1)
 
 
 def _unit(matrices: Tensor, mass: Tensor) -> Tensor:

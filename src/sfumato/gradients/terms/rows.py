@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from sfumato.gradients.terms.term import Part, Strategy, Term, squared_norms, wide, without
+from sfumato.gradients.terms.term import Part, Strategy, Term, Weighting, squared_norms, wide
 
 
 @final
@@ -70,14 +70,13 @@ class _Segments(Part):
         self.squared = squared.new_zeros(term.records).index_add_(0, self._record, squared)
 
     @override
-    def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
+    def weighted_sum(self, weighting: Weighting) -> Tensor:
         term = self._term
         total = self._sums.new_zeros(term.rows, term.width)
-        self.add_weighted_sum(total, factors, broken)
+        self.add_weighted_sum(total, weighting)
         return total
 
     @override
-    def add_weighted_sum(self, total: Tensor, factors: Tensor, broken: Tensor | None) -> None:
-        sums = without(self._sums, None if broken is None else broken[self._record])
-        sums = sums * factors.to(sums.dtype)[self._record].unsqueeze(1)
+    def add_weighted_sum(self, total: Tensor, weighting: Weighting) -> None:
+        sums = weighting.of(self._record).scaled(self._sums)
         total.index_add_(0, self._row, sums.to(total.dtype))

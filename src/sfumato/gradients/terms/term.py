@@ -21,6 +21,58 @@ _LARGE, _SMALL = 2.0**60, 2.0**-60  # squares beyond these may have overflowed o
 _ROUNDOFFS = 16
 
 
+@final
+class Weighting:
+    """The factors of one sum.
+
+    Args:
+        factors: Of each record, shape (records,), float64, at least 0.
+        broken: The records to leave out, shape (records,), bool; None if there are none.
+    """
+
+    def __init__(self, factors: Tensor, broken: Tensor | None = None) -> None:
+        self.factors, self.broken = factors, broken
+        used = factors[factors > 0]
+        # Beyond, a product with a value in float32 could overflow, or be rounded up where numbers are few.
+        self.is_gentle = comfortable(used)
+
+    def of(self, records: Tensor) -> Weighting:
+        """Return the factors of each row, where `records` tells whose it is, shape (rows,), int64."""
+        return Weighting(self.factors[records], None if self.broken is None else self.broken[records])
+
+    def scaled(self, values: Tensor, by: Tensor | None = None) -> Tensor:
+        """Return each record's values times its factor (and times `by`), zeros for the broken.
+
+        Args:
+            values: Shape (records, ...).
+            by: Shape (records,), float64; with it, or where the factors are not gentle, the products are taken in float64.
+        """
+        whole = without(values, self.broken)
+        shape = (-1, *[1] * (values.dim() - 1))
+        if by is None and self.is_gentle:
+            return whole * self.factors.to(values.dtype).view(shape)
+        factors = self.factors if by is None else self.factors * by
+        if self.broken is not None:
+            factors = torch.where(self.broken, 0.0, factors)
+        return (whole.to(torch.float64) * factors.view(shape)).to(values.dtype)
+
+    def balanced(self, left: Tensor, right: Tensor, left_mass: Tensor, right_mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two factors of a product such that their product carries the weights and neither leaves its dtype.
+
+        Args:
+            left: Shape (records, ...).
+            right: Shape (records, ...).
+            left_mass: Squared norms of left, shape (records,), float64.
+            right_mass: Squared norms of right, shape (records,), float64.
+        """
+        if self.is_gentle and comfortable(left_mass) and comfortable(right_mass):
+            return self.scaled(left), without(right, self.broken)
+        norms = right_mass.sqrt()
+        size = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1.0)
+        unit = without(right, self.broken).to(torch.float64) / size.view(-1, *[1] * (right.dim() - 1))
+        return self.scaled(left, torch.nan_to_num(norms, posinf=0.0)), unit.to(right.dtype)
+
+
 class Part(ABC):
     """One parameter's gradient of every record, measured, and ready to be summed.
 
@@ -31,17 +83,12 @@ class Part(ABC):
     squared: Tensor
 
     @abstractmethod
-    def weighted_sum(self, factors: Tensor, broken: Tensor | None) -> Tensor:
-        """Return the sum of factors[r] * gradient[r], in the parameter's shape. May use up the part's memory.
+    def weighted_sum(self, weighting: Weighting) -> Tensor:
+        """Return the sum of factor * gradient over the records, in the parameter's shape."""
 
-        Args:
-            factors: Shape (records,), float64.
-            broken: The records to leave out, shape (records,), bool; None if there are none.
-        """
-
-    def add_weighted_sum(self, total: Tensor, factors: Tensor, broken: Tensor | None) -> None:
+    def add_weighted_sum(self, total: Tensor, weighting: Weighting) -> None:
         """Add the weighted sum to `total`, in place."""
-        total.add_(self.weighted_sum(factors, broken))
+        total.add_(self.weighted_sum(weighting))
 
 
 @final
