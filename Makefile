@@ -39,4 +39,4 @@ bench-mnist: .venv/.run  ## MNIST privately and plainly, accuracy and time; need
 	$(BIN)/python bench/mnist.py $(ARGS)
 
 clean:
-	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv bench/.envs runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

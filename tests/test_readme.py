@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sfumato as sf
 from sfumato.config import Experiment
+from sfumato.gradients.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -36,6 +38,16 @@ def table_numbers(name: str) -> list[list[str]]:
     return [re.findall(r"\d+(?:\.\d+)?", row) for row in rows]
 
 
+@pytest.fixture
+def rules() -> Iterator[None]:
+    """Forget the rules that a test registers."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.usefixtures("rules")
 @pytest.mark.parametrize("name", READMES)
 def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,7 @@ from sfumato.privacy.bounded import Bounded
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
 _SMALL = 4096  # coordinates of a parameter that is handled together with others
 _JOINED = ""  # no parameter has an empty name
-_SHARE = 1.2  # of what plain training would hold by a rough count; measured, that is about the same peak
+_SHARE = 2.0  # of what plain training would hold by a rough count; measured, that is about the same peak
 _FIRST = 8  # records of the first microbatch, which tells how much memory a record takes
 _LEAST, _MOST = (
     2**25,

@@ -165,13 +165,15 @@ class Tape(TorchFunctionMode):
         # A use behind which there are others lies on autograd's way to them and is given its gradient in passing, while that
         # is in the cache, and nobody keeps it. The others are what autograd is asked for.
         last = [use for use in self.uses if not use.in_passing]
-        for use in self.uses:
-            if use.in_passing:
-                use.edges[0].node.register_prehook(_taking(use, given))
+        hooks = [use.edges[0].node.register_prehook(_taking(use, given)) for use in self.uses if use.in_passing]
         edges = [edge for use in last for edge in use.edges]
         wanted: list[Any] = [*edges, *self._parameters.values()]
-        with running(self._model, "one record at a time", quote=False), torch.enable_grad():
-            found: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
+        try:
+            with running(self._model, "one record at a time", quote=False), torch.enable_grad():
+                found: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
+        finally:
+            for hook in hooks:
+                hook.remove()  # a hook and its node hold each other, and all that the hook knows, until a garbage collection
         for name, unseen in zip(self._parameters, found[len(edges) :], strict=True):
             if unseen is not None:
                 raise UnsupportedModelError(
