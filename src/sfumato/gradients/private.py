@@ -29,12 +29,9 @@ from sfumato.privacy.bounded import Bounded
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
 _SMALL = 4096  # coordinates of a parameter that is handled together with others
 _JOINED = ""  # no parameter has an empty name
-_SHARE = 2.0  # of what plain training would hold by a rough count; measured, that is about the same peak
+_SHARE = 1.5  # of what plain training would hold by a rough count; measured, that is about the same peak
 _FIRST = 8  # records of the first microbatch, which tells how much memory a record takes
-_LEAST, _MOST = (
-    2**25,
-    2**28,
-)  # bytes between which a microbatch is chosen unless told: what is smaller or larger is no faster
+_LEAST, _MOST = 2**25, 2**28  # bytes of a microbatch unless told: what is smaller or larger is no faster
 
 
 @final
@@ -114,9 +111,7 @@ class PrivateGradient:
         """Return the bytes that a microbatch of a batch of this size may take."""
         if self._compute.memory_mb is not None:
             return self._compute.memory_mb * 1e6
-        return min(
-            _MOST, max(_LEAST, float(__import__("os").environ.get("MULT", "1")) * self._plain_per_record * batch)
-        )
+        return min(_MOST, max(_LEAST, _SHARE * self._plain_per_record * batch))
 
     def _add_microbatch(
         self, total: dict[str, Tensor], parameters: dict[str, Tensor], features: Tensor, targets: Tensor, *, long: bool
