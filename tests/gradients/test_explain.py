@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: frozen(
             nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True))
         ),
-        ['"1" is BatchNorm1d', '"2" is BatchNorm1d', '"3" is InstanceNorm1d.*track_running_stats=False', "no trainable parameter"],
+        ['"1" is BatchNorm1d', '"2" is BatchNorm1d', '"3" is InstanceNorm1d.*track_running_stats=False', "no trainable"],
     ),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ def layers() -> nn.Module:
     return nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
 
 
-# What each model's only parameter is measured and summed with: a part, and the strategy that makes it where it is not the first.
+# What each model's only parameter is measured and summed with: a part, and its strategy where that is not the first.
 PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], type[Any], str | None]] = {
     "linear, one position": (lambda: nn.Linear(6, 4, bias=False), (6,), product._Direct, None),
     "linear, per record": (lambda: nn.Linear(4, 2, bias=False), (3, 4), Held, None),

@@ -319,5 +319,5 @@ def test_a_model_that_compares_the_records_of_a_batch_is_refused() -> None:
     tokens[:, -1] = 1
     model = transformers.T5ForSequenceClassification(config).to(DOUBLE)
     assert math.isfinite(float(classification(model(tokens), classes).detach()))
-    with pytest.raises(UnsupportedModelError, match="one record at a time|in place"):
+    with pytest.raises(UnsupportedModelError, match=r"one record at a time|in place"):
         Case(model, tokens, classes, classification).fast(Clipping(1.0))

@@ -14,8 +14,8 @@ class Compute:
     """How gradients are computed, apart from the mathematics.
 
     Args:
-        memory_mb: Megabytes that the records of one microbatch may take up at most. By default a microbatch takes no more than
-            plain training on the whole batch would.
+        memory_mb: Megabytes that the records of one microbatch may take up at most (a single record always fits). By default a
+            microbatch takes about what plain training on the whole batch would, at least 34 and at most 268 MB.
         autocast: Whether the model's forward runs in bfloat16 where torch deems it safe (`torch.autocast`). Norms and
             sums are taken in float32 all the same.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sfumato.errors import InputError, UnsupportedModelError
 from sfumato.gradients.clipped import Loss
@@ -51,7 +54,7 @@ class Explanation:
     """The table, printed by `print`.
 
     Attributes:
-        rows: One for each use of a layer, about in the order of the forward.
+        rows: One for each use of a layer, in the order of the forward.
         refused: What would be refused and how to mend it; empty if the model can be trained privately.
         microbatch: Records that are computed together.
         memory_mb: Estimated megabytes that a microbatch takes besides the model.
@@ -99,6 +102,7 @@ def explain(
         InputError: the batch is empty, or not what is described above.
     """
     features, targets = _pair(batch)
+    model = copy.deepcopy(model)  # a forward may change buffers
     refused = tuple(problems(model))
     if refused:
         return Explanation((), refused, 0, 0.0)
@@ -118,7 +122,7 @@ def explain(
 def _rows(gradient: PrivateGradient, model: nn.Module, features: Tensor, targets: Tensor, whole: float) -> list[Row]:
     parameters = trainable(model)
     tape, losses = gradient.forward(parameters, features, targets)
-    rows: list[Row] = []
+    rows: dict[int, Row] = {}
 
     def take(use: Use, terms: list[Term]) -> None:
         sizes, seconds, held = 0, 0.0, 0
@@ -134,10 +138,10 @@ def _rows(gradient: PrivateGradient, model: nn.Module, features: Tensor, targets
         strategy = CHOICES.name(largest, math.inf, timed=False)
         layer = use.layer.rpartition(".")[0] or "(the model itself)"
         share = min(1.0, seconds / whole)
-        rows.append(Row(layer, use.operation, use.rule, strategy, sizes, held / 1e6, share))
+        rows[use.number] = Row(layer, use.operation, use.rule, strategy, sizes, held / 1e6, share)
 
     tape.backward(losses, take)
-    return rows[::-1]
+    return [rows[number] for number in sorted(rows)]
 
 
 def _pair(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -146,13 +150,20 @@ def _pair(batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         raise InputError("batch must be a tensor of features with at least one record, or a pair (features, targets).")
     if targets is None:
         targets = torch.zeros(len(features), device=features.device)
-    if not isinstance(targets, Tensor) or len(targets) != len(features):
+    if not isinstance(targets, Tensor) or not targets.dim() or len(targets) != len(features):
         raise InputError(f"The batch has {len(features)} features and not as many targets; give one target a record.")
     return features, targets
 
 
 def _sum(outputs: Any, targets: Tensor) -> Tensor:
-    tensors = [value for value in torch.utils._pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
-    if not tensors and hasattr(outputs, "logits"):
-        tensors = [outputs.logits]
-    return torch.stack([value.float().sum() for value in tensors]).sum()
+    return torch.stack([value.float().sum() for value in _tensors(outputs)]).sum()
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a model returned: a tensor, or something with tensors in it."""
+    for value in tree_leaves(outputs):
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                yield value
+        elif hasattr(value, "__dict__"):
+            yield from _tensors(list(vars(value).values()))

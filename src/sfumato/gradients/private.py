@@ -23,7 +23,7 @@ from sfumato.gradients.strategies import CHOICES
 from sfumato.gradients.support import check_model, trainable
 from sfumato.gradients.tape import Tape, Use
 from sfumato.gradients.terms.held import Given, added, joined
-from sfumato.gradients.terms.term import Part, Term, Weighting, Workspace
+from sfumato.gradients.terms.term import Part, Term, Weighting, Workspace, exactly
 from sfumato.privacy.bounded import Bounded
 
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
@@ -102,7 +102,7 @@ class PrivateGradient:
     def microbatch(self, batch: int, left: int) -> int:
         """Return how many of the `left` records of a batch are taken next."""
         if self._bytes_per_record is None:
-            return min(_FIRST, left)
+            return min(_FIRST if self._compute.memory_mb is None else 1, left)
         limit = self.memory_limit(batch) / self._bytes_per_record
         most = max(1, min(left, math.floor(limit)))
         return math.ceil(left / math.ceil(left / most))
@@ -145,7 +145,7 @@ class PrivateGradient:
                     waiting.setdefault(term.name, []).append(term)
 
         tape.backward(losses, take)
-        with torch.no_grad():
+        with torch.no_grad(), exactly(losses.device):
             for name in list(waiting):
                 make(together(waiting.pop(name)))
             self._learn(tape, held)

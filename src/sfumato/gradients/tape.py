@@ -8,6 +8,7 @@ of. The backward then asks autograd for the gradients of the layers' outputs alo
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
@@ -24,7 +26,7 @@ from sfumato.errors import SfumatoError, UnsupportedModelError
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.support import running
 from sfumato.gradients.terms.held import Given
-from sfumato.gradients.terms.term import Term
+from sfumato.gradients.terms.term import Term, exactly
 
 _functorch = torch._C._functorch
 
@@ -77,7 +79,7 @@ class Use:
     """One place where parameters were used.
 
     Attributes:
-        layer: The module that owns the parameter, for people.
+        layer: The first parameter that was used, for people.
         operation: The torch function, for people.
         rule: The rule that noted it, for people.
         edges: Where the gradients of the outputs come from.
@@ -120,6 +122,7 @@ class Tape(TorchFunctionMode):
         self._terms: list[Terms | None] = []
         self._counts: Counter[str] = Counter()
         self._behind: set[int] = set()
+        self._owners: dict[str, str] = {}
         self.bytes = self.noted_bytes = 0
         self._parameters, self._rules, self._otherwise, self._together = parameters, rules, otherwise, together
         self._weights = {id(p): Weight(name, p.detach().requires_grad_()) for name, p in parameters.items()}
@@ -159,7 +162,7 @@ class Tape(TorchFunctionMode):
         def given(use: Use, gradients: Sequence[Tensor | None]) -> None:
             terms, self._terms[use.number] = self._terms[use.number], None
             if terms is not None and any(gradient is not None for gradient in gradients):
-                with torch.no_grad():
+                with torch.no_grad(), exactly(losses.device):
                     take(use, list(self._of_parameters(terms(gradients))))
 
         # A use behind which there are others lies on autograd's way to them and is given its gradient in passing, while that
@@ -222,6 +225,11 @@ class Tape(TorchFunctionMode):
         closed: Tensor = _functorch._add_batch_dim(values, 0, self._level)
         return closed
 
+    def outside(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context outside of vmap, for random operations on open tensors: they draw for every record and image."""
+        left: contextlib.AbstractContextManager[None] = temporarily_pop_interpreter_stack()
+        return left
+
     def weight(self, value: Tensor | None) -> Weight | None:
         """Return a trained parameter to compute with; None for what is None. What is frozen has an empty name."""
         if value is None:
@@ -232,7 +240,9 @@ class Tape(TorchFunctionMode):
         if known is None:
             name = f"computed {len(self._computed)}"
             self._computed[name] = value
-            self._behind.update(_leaves(value))
+            behind = _leaves(value)
+            self._behind.update(behind)
+            self._owners[name] = next((n for n, p in self._parameters.items() if id(p) in behind), "")
             # The sum with the anchor requires a gradient, and autograd finds nothing behind it.
             known = self._weights[id(value)] = Weight(name, value.detach() + self._anchor.to(value))
         return known
@@ -251,6 +261,7 @@ class Tape(TorchFunctionMode):
             terms: See `Terms`.
         """
         layer = next((weight.name for weight in weights if weight is not None and weight.name), "")
+        layer = self._owners.get(layer, layer)
         # The place of a view on the graph changes when its base is written to in place (ReLU(inplace=True) does that).
         assert not any(output._is_view() for output in outputs), f"rule {rule} noted a view"
         edges = tuple(get_gradient_edge(output) for output in outputs)

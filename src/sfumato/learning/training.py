@@ -344,7 +344,8 @@ def _always_not_covered(remembered: bool, secure: bool) -> list[str]:
     sentences = [
         "Choices made by looking at these records before the run (model, learning rate, clip norm, number of steps).",
         "Metrics, counts or messages computed from the records without noise, and how long the run took.",
-        "Rounding inside the model: a record's gradient is taken to be the same whichever records are computed beside it.",
+        "Rounding in the model's own number type, inside the model and in sums of gradients: a record's part is taken to be "
+        "the same whichever records are computed beside it.",
     ]
     if not remembered:
         sentences.append("Other runs on the same records: no ledger on disk was given, so nobody adds them up.")

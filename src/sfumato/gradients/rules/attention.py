@@ -31,7 +31,8 @@ def attention(
     if q is None or k is None or v is None or not fits or not len(query) == len(key) == len(value):
         with sdpa_kernel(SDPBackend.MATH):  # the others have no batched form
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **more)
+    with tape.outside():
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **more)
     return tape.close(out.unflatten(0, (tape.records, -1)))
 
 

@@ -1,4 +1,4 @@
-"""Recurrent layers (Elman, LSTM, GRU), unrolled over time for all records at once.
+"""Recurrent layers and cells (Elman, LSTM, GRU), unrolled over time for all records at once.
 
 The kernels that torch has for them keep the gates to themselves; here each step's gates are seen. The input's product is taken
 for all steps at once, the hidden state's step by step, and both are plain linear layers whose positions are the steps.
@@ -73,7 +73,8 @@ def _run(
     ends: list[State] = []
     for layer in range(layers):
         if layer and dropout:
-            x = F.dropout(x, dropout)
+            with tape.outside():
+                x = F.dropout(x, dropout)
         outs = []
         for way in range(ways):
             place = layer * ways + way
@@ -154,7 +155,24 @@ def _unroll(
     return torch.stack(outs, 1), state
 
 
+def _cell(cell: Cell, states: int) -> Callable[..., Any]:
+    def follow(
+        tape: Tape, input: Tensor, start: Any, w_in: Tensor, w_hidden: Tensor, b_in: Tensor | None = None,
+        b_hidden: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        state = tuple(start) if states > 1 else (start,)
+        with tape:  # so that the linear layers are seen; several steps are put together by their terms
+            after = cell(F.linear(input, w_in, b_in), F.linear(state[0], w_hidden, b_hidden), state)
+        return after if states > 1 else after[0]
+
+    return follow
+
+
 rule(torch.lstm)(_recurrent(_lstm, 2))
 rule(torch.gru)(_recurrent(_gru, 1))
 rule(torch.rnn_tanh)(_recurrent(partial(_elman, torch.tanh), 1))
 rule(torch.rnn_relu)(_recurrent(partial(_elman, torch.relu), 1))
+rule(torch.lstm_cell)(_cell(_lstm, 2))
+rule(torch.gru_cell)(_cell(_gru, 1))
+rule(torch.rnn_tanh_cell)(_cell(partial(_elman, torch.tanh), 1))
+rule(torch.rnn_relu_cell)(_cell(partial(_elman, torch.relu), 1))

@@ -8,8 +8,9 @@ cancellation is thereby scaled down, never up.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -71,6 +72,24 @@ class Weighting:
         size = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1.0)
         unit = without(right, self.broken).to(torch.float64) / size.view(-1, *[1] * (right.dim() - 1))
         return self.scaled(left, torch.nan_to_num(norms, posinf=0.0)), unit.to(right.dtype)
+
+
+@contextlib.contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Take norms and sums in full precision, whatever the user allows for the model (autocast, TF32, bfloat16 products).
+
+    A norm and a sum that round differently would not keep the bound.
+    """
+    precision = torch.get_float32_matmul_precision()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        if device.type == "cuda":
+            cudnn = torch.backends.cudnn
+            stack.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, allow_tf32=False))
+        yield
 
 
 class Part(ABC):
