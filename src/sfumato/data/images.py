@@ -43,7 +43,7 @@ def read_images(images: str | Path, labels: str | Path, classes: int) -> tuple[T
     """
     _checks.count("classes", classes, minimum=2)
     pixels = _read(Path(images), ("image", "row", "column"))
-    numbers = _read(Path(labels), ("label",))
+    numbers = _read(Path(labels), ("label",)).to(torch.int64)  # 256 classes do not fit into a byte
     if len(pixels) != len(numbers):
         raise InputError(
             f"{images} holds {len(pixels)} images but {labels} holds {len(numbers)} labels. "
@@ -56,7 +56,7 @@ def read_images(images: str | Path, labels: str | Path, classes: int) -> tuple[T
             f"{labels}, label {place} (counted from 0): {int(numbers[place])} is not one of the {classes} declared classes, "
             f"0 to {classes - 1}. Fix: declare all classes, or correct the file."
         )
-    return pixels.unsqueeze(1).to(torch.float32).div_(_BRIGHTEST), numbers.to(torch.int64)
+    return pixels.unsqueeze(1).to(torch.float32).div_(_BRIGHTEST), numbers
 
 
 def _read(path: Path, axes: tuple[str, ...]) -> Tensor:

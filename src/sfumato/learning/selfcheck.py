@@ -6,6 +6,7 @@ step. Only pass or fail leaves; a sound run fails with a probability below 1e-9,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -72,9 +73,9 @@ def check_noised(
         if any(name not in release.value for release in released.values()):
             raise SelfCheckError(f'The first release does not cover the parameter "{name}"; training stopped.')
     for key, release in released.items():
-        total = zero
-        for part in parts.values() if key == "all" else [parts[key]]:
-            total = total.plus(part)
+        summed = list(parts.values()) if key == "all" else [parts[key]]
+        # A single sum was released as it is, so it needs no copy in the float64 of `zero`.
+        total = summed[0] if len(summed) == 1 else functools.reduce(Bounded.plus, summed, zero)
         _check_noise(total, release)
 
 
