@@ -1,4 +1,4 @@
-"""`[training] memory_mb` and `autocast`, `[privacy] clipping`: what a configuration says reaches the training, and nothing else."""
+"""`[training] memory_mb` and `autocast`, `[privacy] clipping`: what a configuration says is what the training does."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_bad_knobs_are_refused_in_one_line_and_write_nothing(study, refused, cas
     study.config["training"][key] = value
     line = refused(study.train())
     assert "study.toml" in line
-    assert words.replace("memory_mb must", "must") in line.replace("memory_mb must", "must")
+    assert words in line
     assert not study.out.exists()
 
 

@@ -59,20 +59,22 @@ class PrivateGradient:
         compute: Speed knobs.
         views: Whether features hold several views of each record, shape (batch, views, ...): the loss is then their mean, and
             the record is clipped once (De et al. 2022).
+        space: Memory to share with other objects that are used in turn, never at the same time.
 
     Raises:
         UnsupportedModelError: names the module or operation, and the fix.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, clipping: Clipping, *, compute: Compute = DEFAULT, views: bool = False
+        self, model: nn.Module, loss: Loss, clipping: Clipping, *, compute: Compute = DEFAULT, views: bool = False,
+        space: Workspace | None = None,
     ) -> None:  # fmt: skip
         check_model(model)
         self._model, self._loss, self._clipping = model, loss, clipping
         self._compute, self._views = compute, views
         self._bytes_per_record: float | None = None
         self._plain_per_record = 0.0
-        self._space = Workspace()
+        self._space = space or Workspace()
 
     def sum(self, features: Tensor, targets: Tensor) -> ClippedSum:
         """Return the clipped sum.

@@ -17,6 +17,7 @@ from sfumato.errors import PlanError
 from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.support import trainable
+from sfumato.gradients.terms.term import Workspace
 from sfumato.learning.aggregation import Aggregation, LocalNoise
 from sfumato.learning.client_sums import ClientSums, Vector
 from sfumato.learning.federated import (
@@ -110,8 +111,11 @@ class _LocalPrivateSteps(Procedure):
         self._sizes = _declared(federation)
         self._draws = start_draws(federation, {})
         self._models = {name: copy.deepcopy(federation.model) for name in federation.clients}
+        space = Workspace()  # one for all, because the clients of this process take their steps in turn
         self._gradients = {
-            name: PrivateGradient(model, federation.loss, federation.plan.clipper, compute=federation.compute)
+            name: PrivateGradient(
+                model, federation.loss, federation.plan.clipper, compute=federation.compute, space=space
+            )
             for name, model in self._models.items()
         }
         self._optimizers = {name: made_for(model, algorithm.local) for name, model in self._models.items()}
