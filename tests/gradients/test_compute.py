@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import pytest
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import sfumato as sf
 from sfumato.errors import InputError
-from sfumato.gradients.clipping import KINDS
+from sfumato.gradients.clipping import KINDS, Clipping
+from sfumato.gradients.private import PrivateGradient
 
 LOCAL = functools.partial(torch.optim.SGD, lr=0.1)
 ALONE = sf.Compute(memory_mb=1e-6)
@@ -177,9 +178,6 @@ def test_what_torch_is_told_around_the_training_moves_no_record_above_the_clip_n
     precision: str, ambient: bool, kind: str
 ) -> None:
     """A training inside of somebody's `torch.autocast` measures and sums in full precision all the same."""
-    from sfumato.gradients.clipping import Clipping
-    from sfumato.gradients.private import PrivateGradient
-
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -195,6 +193,58 @@ def test_what_torch_is_told_around_the_training_moves_no_record_above_the_clip_n
                 assert math.sqrt(sum(float(tensor.double().square().sum()) for tensor in total)) <= 1e-3
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def one_sum() -> float:
+    """Return the norm of the part of one record whose gradient is far above the clip norm of 1e-3."""
+    gradient = PrivateGradient(nn.Linear(6, 5), lambda out, _: out.square().sum(), Clipping(1e-3))
+    total = gradient.sum(torch.ones(1, 3, 6), torch.zeros(1)).bounded.value.values()
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in total))
+
+
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    """Put back how torch was told to compute; it warns or fails if older and newer switches were both used."""
+    backends = torch.backends
+    places = [
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    ]
+    before = [place.fp32_precision for place in [backends, *places]]
+    yield
+    for place, precision in zip([backends, *places], before, strict=True):
+        place.fp32_precision = precision
+
+
+NEWER = pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="this torch has only the older switches"
+)
+PRECISIONS = [
+    ("", "tf32"), ("", "ieee"), ("cuda.matmul", "tf32"), ("cudnn.conv", "ieee"), ("mkldnn.matmul", "bf16"),
+    ("mkldnn.conv", "bf16"),
+]  # fmt: skip
+
+
+@NEWER
+@pytest.mark.usefixtures("torch_as_it_was")
+@pytest.mark.parametrize(("backend", "precision"), PRECISIONS)
+def test_the_newer_switches_of_torch_are_kept_and_change_nothing(backend: str, precision: str) -> None:
+    place = functools.reduce(getattr, backend.split("."), torch.backends) if backend else torch.backends
+    place.fp32_precision = precision
+    assert 0.99e-3 < one_sum() <= 1e-3
+    assert place.fp32_precision == precision
+
+
+@NEWER
+@pytest.mark.usefixtures("torch_as_it_was")
+def test_the_older_switches_of_torch_may_be_set_between_two_sums() -> None:
+    for allowed in (True, False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        assert 0.99e-3 < one_sum() <= 1e-3
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
 
 
 def cnn() -> nn.Module:

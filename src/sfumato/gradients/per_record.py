@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sfumato.errors import UnsupportedModelError
 from sfumato.gradients.clipped import ClippedSum, Loss
 from sfumato.gradients.clipping import MAX_UNITS, Clipping
-from sfumato.gradients.support import check_model, running, trainable
+from sfumato.gradients.support import check_model, refuse_memories, running, trainable
 from sfumato.privacy.bounded import Bounded
 
 
@@ -87,6 +87,7 @@ def clipped_gradient_sum(
         # The fused attention kernels have no batched form, and torch would warn.
         with running(model, "one record at a time", quote=False), sdpa_kernel(SDPBackend.MATH):
             gradients = per_record(detached, features[part], targets[part])
+        refuse_memories(model, loss)
         squared = {n: g.to(torch.float64).reshape(len(g), -1).square().sum(1) for n, g in gradients.items()}
         factors, broken = clipping.factors(squared, parameters)
         nonfinite += int(broken.sum())

@@ -26,6 +26,7 @@ from sfumato.gradients.terms.held import Given, added, joined
 from sfumato.gradients.terms.term import Part, Term, Weighting, Workspace, exactly
 from sfumato.privacy.bounded import Bounded
 
+_MOST_RECORDS = 1024  # of a microbatch: what is added in float32 then stays far inside the margin of clipping
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
 _SMALL = 4096  # coordinates of a parameter that is handled together with others
 _JOINED = ""  # no parameter has an empty name
@@ -83,14 +84,18 @@ class PrivateGradient:
             features: Shape (batch, ...), or (batch, views, ...).
             targets: Shape (batch, ...).
         """
+        with self._space.lock:
+            return self._sum(features, targets)
+
+    def _sum(self, features: Tensor, targets: Tensor) -> ClippedSum:
         count = len(features)
         if count > MAX_UNITS:
             raise UnsupportedModelError(f"A batch may hold at most {MAX_UNITS} records; lower the batch size.")
         parameters = trainable(self._model)
         total: dict[str, Tensor] = {}
         nonfinite, start = 0, 0
-        # A long sum over microbatches is taken in float64.
-        long = count > 0 and count > _FEW * self.microbatch(count, count)
+        # A sum over many records or microbatches is taken in float64.
+        long = count > 0 and count > min(_MOST_RECORDS, _FEW * self.microbatch(count, count))
         while start < count:
             size = self.microbatch(count, count - start)
             part = slice(start, start + size)
@@ -106,7 +111,7 @@ class PrivateGradient:
         if self._bytes_per_record is None:
             return min(_FIRST if self._compute.memory_mb is None else 1, left)
         limit = self.memory_limit(batch) / self._bytes_per_record
-        most = max(1, min(left, math.floor(limit)))
+        most = max(1, min(left, _MOST_RECORDS, math.floor(limit)))
         return math.ceil(left / math.ceil(left / most))
 
     def memory_limit(self, batch: int) -> float:
@@ -143,8 +148,12 @@ class PrivateGradient:
             for term in terms:
                 if tape.used_once(term.name):
                     make(term)
+                    continue
+                before = waiting.setdefault(term.name, [])
+                if before and isinstance(term, Given) and isinstance(before[-1], Given):
+                    before[-1] = added([before[-1], term])  # one gradient a record, however often it is used
                 else:
-                    waiting.setdefault(term.name, []).append(term)
+                    before.append(term)
 
         tape.backward(losses, take)
         with torch.no_grad(), exactly(losses.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -36,11 +37,20 @@ def problems(model: nn.Module) -> Iterator[str]:
                 f"{where} with track_running_stats=True, which keeps un-noised averages of the records; "
                 "use track_running_stats=False."
             )
+        if module._backward_hooks or module._backward_pre_hooks:
+            yield f"{where} with a backward hook, which private training would pass by; remove the hook."
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            yield f'Parameter "{name}" has a gradient hook, which private training would pass by; remove the hook.'
     if not trainable(model):
         yield "The model has no trainable parameter (requires_grad=True), so there is nothing to train."
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_floating_point():
             yield f'Parameter "{name}" is {parameter.dtype}; only real floating-point parameters can be trained.'
+
+
+_functorch = torch._C._functorch
+_TORCHS_OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
 
 @contextlib.contextmanager
@@ -72,6 +82,41 @@ def running(model: nn.Module, how: str, *, quote: bool) -> Iterator[None]:
             "shape or range, a buffer or activation changed in place, or a decision on a tensor's value. Run "
             "loss(model(features[:1]), targets[:1]) on made-up records to see torch's message."
         ) from (error if quote else None)
+
+
+def refuse_memories(model: nn.Module, loss: object) -> None:
+    """Refuse a model, or a loss that is a module, that keeps a value of the records after its forward under vmap.
+
+    Raises:
+        UnsupportedModelError: names the module and the attribute.
+    """
+    for root in (model, loss):
+        for path, module in root.named_modules() if isinstance(root, nn.Module) else ():
+            for key, value in (*vars(module).items(), *module._buffers.items()):
+                if key not in _TORCHS_OWN and any(map(_functorch.is_functorch_wrapped_tensor, _tensors_in(value))):
+                    raise UnsupportedModelError(
+                        memory_of(
+                            f'Module "{path or "(the model itself)"}" ({type(module).__name__}), attribute "{key}",'
+                        )
+                    )
+
+
+def memory_of(who: str) -> str:
+    """Return the sentence that refuses what is kept of the records."""
+    return (
+        f"{who} keeps a value of the records after the forward, and would carry it to the records that come next, which no "
+        "budget covers; make it a local variable, or keep nothing in training."
+    )
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

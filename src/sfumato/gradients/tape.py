@@ -9,6 +9,8 @@ of. The backward then asks autograd for the gradients of the layers' outputs alo
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from typing_extensions import override
 
 from sfumato.errors import SfumatoError, UnsupportedModelError
 from sfumato.gradients.clipped import Loss
-from sfumato.gradients.support import running
+from sfumato.gradients.support import memory_of, refuse_memories, running
 from sfumato.gradients.terms.held import Given
 from sfumato.gradients.terms.term import Term, exactly
 
@@ -122,7 +124,8 @@ class Tape(TorchFunctionMode):
         self._terms: list[Terms | None] = []
         self._counts: Counter[str] = Counter()
         self._behind: set[int] = set()
-        self._owners: dict[str, str] = {}
+        self._sources: dict[str, list[str]] = {}
+        self._seen: list[weakref.ref[Tensor]] = []
         self.bytes = self.noted_bytes = 0
         self._parameters, self._rules, self._otherwise, self._together = parameters, rules, otherwise, together
         self._weights = {id(p): Weight(name, p.detach().requires_grad_()) for name, p in parameters.items()}
@@ -148,7 +151,17 @@ class Tape(TorchFunctionMode):
         self._records, self._model = len(features), model
         with running(model, "one record at a time", quote=False), self:
             losses: Tensor = vmap(of_one, randomness="different")(features, targets)
+        self._refuse_memories(model, loss)
         return losses
+
+    def _refuse_memories(self, model: nn.Module, loss: Loss) -> None:
+        """Refuse a model that keeps a value of the records, which would reach the records that come next."""
+        refuse_memories(model, loss)
+        if any(seen() is not None for seen in self._seen):
+            gc.collect()  # an output object may hold itself
+            if any(seen() is not None for seen in self._seen):
+                raise UnsupportedModelError(memory_of("Something around the model (a hook, a list, a global variable)"))
+        self._seen.clear()
 
     def backward(self, losses: Tensor, take: Callable[[Use, list[Term]], None]) -> None:
         """Do the backward; give each use with its terms to `take`, as soon as they are known.
@@ -238,11 +251,11 @@ class Tape(TorchFunctionMode):
             return Weight("", value)
         known = self._weights.get(id(value))
         if known is None:
-            name = f"computed {len(self._computed)}"
+            name = f".computed {len(self._computed)}"  # no parameter is called that
             self._computed[name] = value
             behind = _leaves(value)
             self._behind.update(behind)
-            self._owners[name] = next((n for n, p in self._parameters.items() if id(p) in behind), "")
+            self._sources[name] = [n for n, p in self._parameters.items() if id(p) in behind]
             # The sum with the anchor requires a gradient, and autograd finds nothing behind it.
             known = self._weights[id(value)] = Weight(name, value.detach() + self._anchor.to(value))
         return known
@@ -261,7 +274,7 @@ class Tape(TorchFunctionMode):
             terms: See `Terms`.
         """
         layer = next((weight.name for weight in weights if weight is not None and weight.name), "")
-        layer = self._owners.get(layer, layer)
+        layer = next(iter(self._sources.get(layer, [])), layer)
         # The place of a view on the graph changes when its base is written to in place (ReLU(inplace=True) does that).
         assert not any(output._is_view() for output in outputs), f"rule {rule} noted a view"
         edges = tuple(get_gradient_edge(output) for output in outputs)
@@ -298,15 +311,22 @@ class Tape(TorchFunctionMode):
                 )
             rule = self._rules.get(func)
             result = rule(self, *args, **kwargs) if rule is not None else NotImplemented
-            return result if result is not NotImplemented else self._otherwise(self, func, args, kwargs)
+            return self._watch(result if result is not NotImplemented else self._otherwise(self, func, args, kwargs))
         if batched and func in self._together:
             result = self._together[func](self, *args, **kwargs)
             if result is not NotImplemented:
-                return result
+                return self._watch(result)
         result = func(*args, **kwargs)
         if batched and isinstance(result, Tensor) and _functorch.is_batchedtensor(result):
             inner = _functorch.get_unwrapped(result)
             self.bytes += 0 if inner._is_view() else inner.nbytes
+        return self._watch(result)
+
+    def _watch(self, result: Any) -> Any:
+        """Remember what was handed to the model, weakly, so that it shows if somebody keeps it."""
+        for value in _tensors((result,), {}):
+            if _functorch.is_batchedtensor(value):
+                self._seen.append(weakref.ref(value))
         return result
 
     def _of_parameters(self, terms: Iterable[Term]) -> Iterator[Term]:
@@ -317,13 +337,13 @@ class Tape(TorchFunctionMode):
                 continue
             pulled = torch.autograd.grad(
                 self._computed[term.name],
-                list(self._parameters.values()),
+                [self._parameters[name] for name in self._sources[term.name]],
                 term.per_record(),
                 retain_graph=True,
                 allow_unused=True,
                 is_grads_batched=True,
             )
-            for name, gradient in zip(self._parameters, pulled, strict=True):
+            for name, gradient in zip(self._sources[term.name], pulled, strict=True):
                 if gradient is not None:
                     yield Given(name, gradient)
 

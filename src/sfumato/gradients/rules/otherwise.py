@@ -30,10 +30,12 @@ def otherwise(tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
     weights: dict[int, Weight] = {}
     records: dict[int, Kept] = {}
     opened: list[Tensor] = []
+    closed: dict[int, Tensor] = {}
     for place, leaf in enumerate(leaves):
         if tape.has_records(leaf):
             opened.append(tape.open(leaf))
             records[place] = Kept(opened[-1])
+            closed[place], leaves[place] = leaf, None
         elif isinstance(leaf, Tensor) and leaf.requires_grad:
             weight = tape.weight(leaf)
             assert weight is not None
@@ -52,7 +54,7 @@ def otherwise(tape: Tape, function: Any, args: Any, kwargs: Any) -> Any:
         ):
             return pytree.tree_flatten(function(*new_args, **new_kwargs))
 
-    outputs, shape = run({place: weight.value for place, weight in weights.items()})
+    outputs, shape = run({place: weight.value for place, weight in weights.items()} | closed)
     followed = [
         place
         for place, out in enumerate(outputs)

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from sfumato.gradients.terms.held import Held
 from sfumato.gradients.terms.product import Product
-from sfumato.gradients.terms.term import Part, Strategy, Term, Weighting, slack, squared_norms, wide
+from sfumato.gradients.terms.term import Part, Strategy, Term, Weighting, squared_norms, wide, with_slack
 
 _BLOCK = 2**21  # numbers of patches that are copied out together
 _backward = torch.ops.aten.convolution_backward.default
@@ -198,7 +198,7 @@ class Convolution(Term):
             squared[part] = squared_norms(kernel(part).rows)
         # The patches hold every input at most once for each place of the kernel.
         gradients, inputs = self.masses()
-        return squared + slack(gradients * inputs * math.prod(self.geometry.kernel[2:]), self.inputs.dtype)
+        return with_slack(squared, gradients * inputs * math.prod(self.geometry.kernel[2:]), self.inputs.dtype)
 
     def _ghost(self) -> Tensor:
         squared = torch.empty(self.records, dtype=torch.float64, device=self.inputs.device)

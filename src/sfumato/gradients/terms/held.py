@@ -30,7 +30,8 @@ class Held(Part):
     @override
     def weighted_sum(self, weighting: Weighting) -> Tensor:
         if not weighting.is_gentle:
-            return self._finish(weighting.scaled(self._rows).sum(0))
+            scaled = weighting.scaled(self._rows.to(torch.float64))
+            return self._finish(scaled.sum(0).to(self._rows.dtype))
         rows = without(self._rows, weighting.broken)
         return self._finish((weighting.factors.to(rows.dtype).unsqueeze(0) @ rows).squeeze(0))
 

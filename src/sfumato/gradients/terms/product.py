@@ -21,9 +21,9 @@ from sfumato.gradients.terms.term import (
     Term,
     Weighting,
     comfortable,
-    slack,
     squared_norms,
     wide,
+    with_slack,
 )
 
 _BLOCK = 2**20  # coordinates of the gradients that are measured together, so that they stay in the cache
@@ -101,8 +101,10 @@ class Product(Term):
         scale = torch.ones_like(mass)
         if not (comfortable(left_mass) and comfortable(right_mass)):
             left, right, scale = _unit(left, left_mass), _unit(right, right_mass), mass
+        # In float64: in float32 the pairs of a record that cancels would be off by more than what is left of it.
+        left, right = left.to(torch.float64), right.to(torch.float64)
         pairs = torch.bmm(left, left.transpose(1, 2)).mul_(torch.bmm(right, right.transpose(1, 2)))
-        return pairs.sum(2).to(torch.float64).sum(1).clamp_(min=0) * scale + slack(mass, left.dtype)
+        return with_slack(pairs.sum((1, 2)).clamp_(min=0) * scale, mass, self.left.dtype)
 
     def _blocks(self, left_mass: Tensor, right_mass: Tensor) -> Tensor:
         squared = torch.empty(self.records, dtype=torch.float64, device=self.left.device)
@@ -110,7 +112,7 @@ class Product(Term):
         for start in range(0, self.records, block):
             part = slice(start, start + block)
             squared[part] = squared_norms(torch.bmm(self.left[part].transpose(1, 2), self.right[part]).flatten(1))
-        return squared + slack(left_mass * right_mass, self.left.dtype)
+        return with_slack(squared, left_mass * right_mass, self.left.dtype)
 
 
 @final

@@ -1,18 +1,19 @@
 """The contract: a term is one parameter's gradient in factored form, a part is a term made ready for norms and a sum.
 
 **Rounding.** A factored gradient is measured by one formula and summed by another, so where terms cancel inside a record
-the two could disagree by the rounding of what cancelled. Every part that does so adds `slack` to its squared norm: 16 unit
-roundoffs of the largest value the gradient could have had, by Cauchy-Schwarz. A record whose gradient is nearly all
-cancellation is thereby scaled down, never up.
+the two could disagree by the rounding of what cancelled. Every part that does so adds to its squared norm (`with_slack`) 16
+unit roundoffs of the largest value that it could have had, by Cauchy-Schwarz, and 1024 where nearly all of it cancels. Such
+a record is thereby scaled down, never up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ from torch import Tensor
 _CHUNK = 64  # summed in the tensor's own dtype; the chunks are summed in float64
 _LARGE, _SMALL = 2.0**60, 2.0**-60  # squares beyond these may have overflowed or vanished in float32
 _ROUNDOFFS = 16
+_BACKENDS: Any = torch.backends
+_PLACES = (
+    _BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn,
+    _BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn,
+)  # fmt: skip
 
 
 @final
@@ -80,15 +86,13 @@ def exactly(device: torch.device) -> Iterator[None]:
 
     A norm and a sum that round differently would not keep the bound.
     """
-    precision = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
-        if device.type == "cuda":
-            cudnn = torch.backends.cudnn
-            stack.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, allow_tf32=False))
+        for place in _PLACES:
+            before = place.fp32_precision
+            if before not in ("none", "ieee"):
+                place.fp32_precision = "ieee"
+                stack.callback(setattr, place, "fp32_precision", before)
         yield
 
 
@@ -130,6 +134,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self.lock = threading.RLock()  # held for as long as what was handed out is in use
 
     def rows(self, name: str, records: int, size: int, like: Tensor) -> Tensor:
         """Return uninitialised memory of shape (records, size), in the dtype and on the device of `like`.
@@ -209,14 +214,18 @@ def comfortable(squared: Tensor) -> bool:
     return bool(low > _SMALL) and bool(high < _LARGE)  # NaN fails both
 
 
-def slack(mass: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what to add to a squared norm for the rounding of what may have cancelled.
+def with_slack(squared: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return squared norms with what the rounding of the sum may add where much has cancelled.
 
     Args:
-        mass: Squared bound on the gradient by Cauchy-Schwarz, shape (records,), float64.
-        dtype: In which it was computed.
+        squared: Squared norms, shape (records,), float64.
+        mass: Squared bounds on the gradients by Cauchy-Schwarz, shape (records,), float64.
+        dtype: In which the sum will be computed.
     """
-    return mass * (_ROUNDOFFS * torch.finfo(dtype).eps / 2)
+    # A record's share in the sum is off by about u * sqrt(mass / squared * positions) of the clip norm. Up to this ratio that
+    # is within the margin of clipping; beyond, nearly all of the record cancels, and it is scaled down much more.
+    roundoffs = torch.where(squared < mass * 2.0**-16, 64.0 * _ROUNDOFFS, _ROUNDOFFS)
+    return squared + mass * roundoffs * (torch.finfo(dtype).eps / 2)
 
 
 def without(tensor: Tensor, broken: Tensor | None) -> Tensor:
