@@ -26,7 +26,7 @@ from sfumato.gradients.terms.held import Given, added, joined
 from sfumato.gradients.terms.term import Part, Term, Weighting, Workspace, exactly
 from sfumato.privacy.bounded import Bounded
 
-_MOST_RECORDS = 1024  # of a microbatch: what is added in float32 then stays far inside the margin of clipping
+_MOST_RECORDS = 1024  # of a microbatch, fewer in huge batches: what is added in float32 then stays inside the clipping margin
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
 _SMALL = 4096  # coordinates of a parameter that is handled together with others
 _JOINED = ""  # no parameter has an empty name
@@ -111,7 +111,8 @@ class PrivateGradient:
         if self._bytes_per_record is None:
             return min(_FIRST if self._compute.memory_mb is None else 1, left)
         limit = self.memory_limit(batch) / self._bytes_per_record
-        most = max(1, min(left, _MOST_RECORDS, math.floor(limit)))
+        records = _MOST_RECORDS if batch <= 16 * _MOST_RECORDS else _MOST_RECORDS // 16
+        most = max(1, min(left, records, math.floor(limit)))
         return math.ceil(left / math.ceil(left / most))
 
     def memory_limit(self, batch: int) -> float:
