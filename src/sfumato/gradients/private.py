@@ -26,7 +26,9 @@ from sfumato.gradients.terms.held import Given, added, joined
 from sfumato.gradients.terms.term import Part, Term, Weighting, Workspace, exactly
 from sfumato.privacy.bounded import Bounded
 
-_MOST_RECORDS = 1024  # of a microbatch, fewer in huge batches: what is added in float32 then stays inside the clipping margin
+_MOST_RECORDS = (
+    1024  # of a microbatch, fewer in huge batches: what is added in float32 then stays inside the clipping margin
+)
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
 _SMALL = 4096  # coordinates of a parameter that is handled together with others
 _JOINED = ""  # no parameter has an empty name
@@ -40,8 +42,9 @@ class PrivateGradient:
     """Sums of clipped per-record gradients of one model and loss.
 
     **Guarantee**: as `per_record.clipped_gradient_sum`: adding or removing one record moves the sum by at most the clip
-    norm, whatever it holds. Records cannot meet inside the model, because it runs under vmap. The rounding of sums in
-    the model's own number type is not covered beyond what `terms.term` and `clipping` say.
+    norm, whatever it holds. Records cannot meet inside the model, because it runs under vmap, and a model that keeps a value
+    of a record for later is refused. The rounding of sums in the model's own number type is not covered beyond what
+    `terms.term` and `clipping` say.
 
     **Edge cases**
 
