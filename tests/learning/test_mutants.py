@@ -29,7 +29,7 @@ def test_the_unmutated_code_passes() -> None:
 
 
 def test_mutant_noise_off_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mechanisms, "_add_noise", lambda units, std, source: units)
+    monkeypatch.setattr(mechanisms, "_add_noise", lambda units, std, source, memory: units)
     with pytest.raises(SelfCheckError, match="without noise"):
         run(toy_plan(steps=2))
 
@@ -37,7 +37,9 @@ def test_mutant_noise_off_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("factor", [2 / 3, 3 / 2])
 def test_mutant_wrong_noise_scale_is_caught(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     honest = mechanisms._add_noise
-    monkeypatch.setattr(mechanisms, "_add_noise", lambda units, std, source: honest(units, std * factor, source))
+    monkeypatch.setattr(
+        mechanisms, "_add_noise", lambda units, std, source, memory: honest(units, std * factor, source, memory)
+    )
     with pytest.raises(SelfCheckError, match="times the variance"):
         run(toy_plan(steps=2))
 

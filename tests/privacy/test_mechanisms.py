@@ -148,7 +148,7 @@ class Watched:
     def __init__(self) -> None:
         self.asked = 0
 
-    def normal(self, count: int, *, std: float = 1.0) -> Tensor:
+    def normal(self, count: int, *, std: float = 1.0, out: Tensor | None = None) -> Tensor:
         self.asked += count
         return SeededSource(0).normal(count)
 

@@ -243,17 +243,19 @@ def _noised(
     # One vector, because a model has many small tensors.
     given = torch.cat([tensor.detach().reshape(-1) for tensor in value.values()])
     result = given if scaled else torch.empty_like(given, dtype=torch.float64)
-    work = torch.empty(min(len(given), _BLOCK), dtype=torch.float64, device=given.device)
+    size = min(len(given), _BLOCK)
+    work = torch.empty(size, dtype=torch.float64, device=given.device)
+    noise = torch.empty(size + 1, dtype=torch.float64)  # once, because fresh pages cost as much as the noise in them
     # A block goes through all of it while it is in the cache.
     for start in range(0, len(given), _BLOCK):
         part = given[start : start + _BLOCK]
         units = work[: len(part)].copy_(part).mul_(1 / grid).round_()  # exact: the grid is a power of two
-        units = _add_noise(units, std / grid, source)
+        units = _add_noise(units, std / grid, source, noise)
         result[start : start + _BLOCK].copy_(units.mul_(grid) if scaled else units)
     parts = result.split([tensor.numel() for tensor in value.values()])
     return {name: flat.view(tensor.shape) for (name, tensor), flat in zip(value.items(), parts, strict=True)}
 
 
-def _add_noise(units: Tensor, std_units: float, source: RandomSource) -> Tensor:
-    noise = source.normal(units.numel(), std=std_units).round_()
+def _add_noise(units: Tensor, std_units: float, source: RandomSource, memory: Tensor) -> Tensor:
+    noise = source.normal(units.numel(), std=std_units, out=memory).round_()
     return units.add_(noise.to(units.device))

@@ -65,11 +65,20 @@ class RandomSource(ABC):
         return out
 
     @final
-    def normal(self, count: int, dtype: torch.dtype = torch.float64, *, std: float = 1.0) -> Tensor:
-        """Return `count` normal draws of mean 0, shape (count,); computed in float64, rounded to `dtype`."""
+    def normal(
+        self, count: int, dtype: torch.dtype = torch.float64, *, std: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Return `count` normal draws of mean 0, shape (count,); computed in float64, rounded to `dtype`.
+
+        Args:
+            count: Number of draws.
+            dtype: Of the result.
+            std: Standard deviation.
+            out: Memory of at least count + 1 numbers of that dtype to put them into; by default fresh memory.
+        """
         self._refuse_fork()
         pairs = (count + 1) // 2
-        out = torch.empty(2 * pairs, dtype=dtype)
+        out = torch.empty(2 * pairs, dtype=dtype) if out is None else out[: 2 * pairs]
         with self._lock:
             for start in range(0, pairs, _PAIRS):
                 size = min(_PAIRS, pairs - start)
