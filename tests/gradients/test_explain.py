@@ -176,7 +176,7 @@ def test_an_operation_without_a_rule_is_shown_as_the_reference_path() -> None:
     made = explain(nn.Sequential(Own(), nn.PReLU()), normals(1, 5, 4).float())
     assert [(row.layer, row.rule) for row in made.rows] == [
         ("0", "reference (mul)"),
-        ("0", "reference (matmul)"),
+        ("0", "linear"),
         ("1", "reference (prelu)"),
     ]
 

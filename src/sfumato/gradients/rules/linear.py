@@ -1,10 +1,11 @@
-"""Linear layers, with any leading dimensions."""
+"""Linear layers and products with a weight, with any leading dimensions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +34,46 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
     tape.note("linear", (w, b), (x,), (out,), terms)
     return tape.close(out.view(*x.shape[:-1], len(weight)))
+
+
+@rule(torch.addmm)
+def addmm(
+    tape: Tape, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Any:  # fmt: skip
+    """Follow `torch.addmm(bias, x, weight)`, a linear layer whose weight has shape (in, out)."""
+    if beta != 1 or alpha != 1 or tape.has_records(input) or input.dim() != 1:
+        return NotImplemented
+    return _times(tape, mat1, mat2, input)
+
+
+@rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+def matmul(tape: Tape, input: Tensor, other: Tensor) -> Any:
+    """Follow `x @ weight` for a weight of shape (in, out)."""
+    return _times(tape, input, other, None)
+
+
+def _times(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    if not tape.has_records(input) or tape.has_records(weight) or weight.dim() != 2 or input.dim() < 1:
+        return NotImplemented
+    x = tape.open(input)
+    w, b = tape.weight(weight), tape.weight(bias)
+    assert w is not None
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat @ w.value if b is None else torch.addmm(b.value, flat, w.value)
+    kept = Kept(x)
+
+    def terms(gradients: Sequence[Tensor | None]) -> Iterator[Term]:
+        (gradient,) = gradients
+        assert gradient is not None
+        inputs = kept.get()
+        right = gradient.reshape(len(inputs), -1, gradient.shape[-1])
+        if w.name:
+            yield Product(w.name, inputs.reshape(len(inputs), -1, inputs.shape[-1]), right, w.value.shape)
+        if b is not None and b.name:
+            yield Given(b.name, wide(right).sum(1))
+
+    tape.note("linear", (w, b), (x,), (out,), terms)
+    return tape.close(out.view(*x.shape[:-1], weight.shape[1]))
 
 
 def matrix_terms(weight: Weight, bias: Weight | None, inputs: Kept, gradient: Tensor) -> Iterator[Term]:
