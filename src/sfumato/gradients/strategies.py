@@ -27,9 +27,9 @@ class Choices:
             room: Bytes that its part may hold.
             timed: Whether to time what has not been timed before, if that pays.
         """
-        ways = term.strategies()
         if term.signature in self._chosen:
             return self._chosen[term.signature]
+        ways = term.strategies()
         if not timed or len(ways) == 1 or term.work < _WORTH_TIMING:
             return next(iter(ways))
         return self._chosen.setdefault(term.signature, _fastest(ways, term, room))

@@ -27,21 +27,17 @@ TOGETHER: dict[Any, Rule] = {}
 
 def rule(*functions: Any) -> Callable[[Rule], Rule]:
     """Register a rule for torch functions that take parameters."""
-
-    def register(made: Rule) -> Rule:
-        for function in functions:
-            RULES[function] = made
-        return made
-
-    return register
+    return _into(RULES, functions)
 
 
 def together(*functions: Any) -> Callable[[Rule], Rule]:
     """Register how functions without parameters are run on all records at once, where vmap would be slow."""
+    return _into(TOGETHER, functions)
 
+
+def _into(table: dict[Any, Rule], functions: tuple[Any, ...]) -> Callable[[Rule], Rule]:
     def register(made: Rule) -> Rule:
-        for function in functions:
-            TOGETHER[function] = made
+        table.update(dict.fromkeys(functions, made))
         return made
 
     return register
