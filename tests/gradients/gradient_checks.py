@@ -51,6 +51,17 @@ def squares(outputs: Any, targets: Tensor) -> Tensor:
     return total
 
 
+class First(nn.Module):
+    """A layer that returns several things, of which the first is wanted; it may want its input several times."""
+
+    def __init__(self, layer: nn.Module, times: int = 1) -> None:
+        super().__init__()
+        self.layer, self.times = layer, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(*[x] * self.times)[0]
+
+
 @dataclass(frozen=True)
 class Case:
     model: nn.Module

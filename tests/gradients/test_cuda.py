@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_checks import DOUBLE, SINGLE, Case, check_agreement, flat, normals, tokens, with_values
+from gradient_checks import DOUBLE, SINGLE, Case, First, check_agreement, flat, normals, tokens, with_values
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,17 +53,6 @@ class Text(nn.Module):
         y, _ = self.reader(self.table(x))
         y = y + self.look(y, y, y)[0]
         return self.head(self.norm(y)).mean(1)
-
-
-class First(nn.Module):
-    """A layer that returns several things, of which the first is wanted."""
-
-    def __init__(self, layer: nn.Module, times: int = 1) -> None:
-        super().__init__()
-        self.layer, self.times = layer, times
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(*[x] * self.times)[0]
 
 
 class Scaled(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gradient_checks import First
 from torch import Tensor, nn
 
 from sfumato.gradients.clipping import Clipping
@@ -18,17 +19,6 @@ opacus = pytest.importorskip(
 )
 
 RECORDS, STEPS, WIDTH = 5, 3, 4
-
-
-class First(nn.Module):
-    """A layer that returns several things, of which the first is wanted; it may want its input several times."""
-
-    def __init__(self, layer: nn.Module, times: int = 1) -> None:
-        super().__init__()
-        self.layer, self.times = layer, times
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(*[x] * self.times)[0]
 
 
 class StepsFirst(First):

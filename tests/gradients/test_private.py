@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gradient_checks import DOUBLE, SINGLE, Case, check_agreement, check_bound, flat, normals, tokens, with_values
+from gradient_checks import (
+    DOUBLE,
+    SINGLE,
+    Case,
+    First,
+    check_agreement,
+    check_bound,
+    flat,
+    normals,
+    tokens,
+    with_values,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,17 +39,6 @@ def classes(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def head() -> list[nn.Module]:
     return [nn.Flatten(), nn.Linear(STEPS * WIDTH, CLASSES)]
-
-
-class First(nn.Module):
-    """A layer that returns several things, of which the first is wanted."""
-
-    def __init__(self, layer: nn.Module, times: int = 1) -> None:
-        super().__init__()
-        self.layer, self.times = layer, times
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(*[x] * self.times)[0]
 
 
 class Scaled(nn.Module):

@@ -65,23 +65,25 @@ def _times(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None) -> An
     def terms(gradients: Sequence[Tensor | None]) -> Iterator[Term]:
         (gradient,) = gradients
         assert gradient is not None
-        inputs = kept.get()
-        right = gradient.reshape(len(inputs), -1, gradient.shape[-1])
-        if w.name:
-            yield Product(w.name, inputs.reshape(len(inputs), -1, inputs.shape[-1]), right, w.value.shape)
-        if b is not None and b.name:
-            yield Given(b.name, wide(right).sum(1))
+        yield from matrix_terms(w, b, kept, gradient, out_last=True)
 
     tape.note("linear", (w, b), (x,), (out,), terms)
     return tape.close(out.view(*x.shape[:-1], weight.shape[1]))
 
 
-def matrix_terms(weight: Weight, bias: Weight | None, inputs: Kept, gradient: Tensor) -> Iterator[Term]:
-    """Yield the terms of out = inputs @ weight.T + bias, for inputs (records, *, in) and gradients of any such shape."""
+def matrix_terms(
+    weight: Weight, bias: Weight | None, inputs: Kept, gradient: Tensor, *, out_last: bool = False
+) -> Iterator[Term]:  # fmt: skip
+    """Yield the terms of out = inputs @ weight.T + bias, or of inputs @ weight + bias if the weight has its outputs last.
+
+    Inputs have shape (records, *, in), and gradients any such shape.
+    """
     x = inputs.get()
     records = len(x)
-    left = gradient.reshape(records, -1, gradient.shape[-1])
+    of_out = gradient.reshape(records, -1, gradient.shape[-1])
     if weight.name:
-        yield Product(weight.name, left, x.reshape(records, -1, x.shape[-1]), weight.value.shape)
+        of_in = x.reshape(records, -1, x.shape[-1])
+        left, right = (of_in, of_out) if out_last else (of_out, of_in)
+        yield Product(weight.name, left, right, weight.value.shape)
     if bias is not None and bias.name:
-        yield Given(bias.name, wide(left).sum(1))
+        yield Given(bias.name, wide(of_out).sum(1))
