@@ -22,6 +22,7 @@ from sfumato.gradients.terms.term import (
     Weighting,
     comfortable,
     squared_norms,
+    unit,
     wide,
     with_slack,
 )
@@ -100,7 +101,7 @@ class Product(Term):
         mass = left_mass * right_mass
         scale = torch.ones_like(mass)
         if not (comfortable(left_mass) and comfortable(right_mass)):
-            left, right, scale = _unit(left, left_mass), _unit(right, right_mass), mass
+            left, right, scale = unit(left, left_mass), unit(right, right_mass), mass
         # In float64: in float32 the pairs of a record that cancels would be off by more than what is left of it.
         left, right = left.to(torch.float64), right.to(torch.float64)
         pairs = torch.bmm(left, left.transpose(1, 2)).mul_(torch.bmm(right, right.transpose(1, 2)))
@@ -140,9 +141,3 @@ class _Direct(Part):
         term = self._term
         left, right = weighting.balanced(term.left, term.right, *self._masses)
         return left.flatten(0, 1).t(), right.flatten(0, 1)
-
-
-def _unit(matrices: Tensor, mass: Tensor) -> Tensor:
-    """Return each record's matrix scaled to norm 1, also where its squares would leave float32; zeros stay zeros."""
-    norms = mass.sqrt().view(-1, 1, 1)
-    return (matrices.to(torch.float64) / torch.where(norms > 0, norms, 1.0)).to(matrices.dtype)

@@ -74,10 +74,8 @@ class Weighting:
         """
         if self.is_gentle and comfortable(left_mass) and comfortable(right_mass):
             return self.scaled(left), without(right, self.broken)
-        norms = right_mass.sqrt()
-        size = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1.0)
-        unit = without(right, self.broken).to(torch.float64) / size.view(-1, *[1] * (right.dim() - 1))
-        return self.scaled(left, torch.nan_to_num(norms, posinf=0.0)), unit.to(right.dtype)
+        norms = torch.nan_to_num(right_mass.sqrt(), posinf=0.0)
+        return self.scaled(left, norms), unit(without(right, self.broken), right_mass)
 
 
 @contextlib.contextmanager
@@ -204,6 +202,18 @@ def squared_norms(vectors: Tensor) -> Tensor:
         doubtful = ~((squared > _SMALL) & (squared < _LARGE))
         squared[doubtful] = vectors[doubtful].to(torch.float64).square().sum(1)
     return squared
+
+
+def unit(values: Tensor, mass: Tensor) -> Tensor:
+    """Return each record's values scaled to norm 1, also where their squares would leave float32; zeros stay zeros.
+
+    Args:
+        values: Shape (records, ...).
+        mass: Their squared norms, shape (records,), float64.
+    """
+    norms = mass.sqrt()
+    size = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1.0)
+    return (values.to(torch.float64) / size.view(-1, *[1] * (values.dim() - 1))).to(values.dtype)
 
 
 def comfortable(squared: Tensor) -> bool:
