@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import sfumato as sf
 from sfumato.errors import SfumatoError
 from sfumato.learning import central, distributed
-from sfumato.privacy import mechanisms
+from sfumato.privacy.randomness import RandomSource
 
 Result = dict[str, Any]
 
@@ -154,12 +154,12 @@ def noise(folder: Path) -> Result:
 
 
 def noise_off(folder: Path) -> Result:
-    honest = mechanisms._add_noise
-    mechanisms._add_noise = lambda units, std, source, memory: units
+    honest = RandomSource.add_normal
+    RandomSource.add_normal = lambda source, total, std: None  # type: ignore[method-assign, misc]
     try:
         return {"error": attempt(noise_ratios)}
     finally:
-        mechanisms._add_noise = honest
+        RandomSource.add_normal = honest  # type: ignore[method-assign, misc]
 
 
 def opened(folder: Path, name: str) -> sf.Ledger:

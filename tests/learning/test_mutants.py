@@ -14,8 +14,9 @@ from sfumato.data import sampling
 from sfumato.errors import PlanError, SelfCheckError
 from sfumato.gradients import clipping
 from sfumato.learning import aggregation, central, procedure
-from sfumato.privacy import events, mechanisms
+from sfumato.privacy import events
 from sfumato.privacy.bounded import Bounded, Released
+from sfumato.privacy.randomness import RandomSource
 
 
 def run(plan: sf.Plan, model: nn.Module | None = None, records: sf.Records | None = None) -> nn.Module:
@@ -29,17 +30,15 @@ def test_the_unmutated_code_passes() -> None:
 
 
 def test_mutant_noise_off_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mechanisms, "_add_noise", lambda units, std, source, memory: units)
+    monkeypatch.setattr(RandomSource, "add_normal", lambda source, total, std: None)
     with pytest.raises(SelfCheckError, match="without noise"):
         run(toy_plan(steps=2))
 
 
 @pytest.mark.parametrize("factor", [2 / 3, 3 / 2])
 def test_mutant_wrong_noise_scale_is_caught(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    honest = mechanisms._add_noise
-    monkeypatch.setattr(
-        mechanisms, "_add_noise", lambda units, std, source, memory: honest(units, std * factor, source, memory)
-    )
+    honest = RandomSource.add_normal
+    monkeypatch.setattr(RandomSource, "add_normal", lambda source, total, std: honest(source, total, std * factor))
     with pytest.raises(SelfCheckError, match="times the variance"):
         run(toy_plan(steps=2))
 

@@ -148,9 +148,9 @@ class Watched:
     def __init__(self) -> None:
         self.asked = 0
 
-    def normal(self, count: int, *, std: float = 1.0, out: Tensor | None = None) -> Tensor:
-        self.asked += count
-        return SeededSource(0).normal(count)
+    def add_normal(self, total: Tensor, std: float) -> None:
+        self.asked += len(total)
+        SeededSource(0).add_normal(total, std)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, 1e30])
@@ -170,6 +170,23 @@ def test_an_exhausted_charge_draws_no_noise() -> None:
     with pytest.raises(BudgetExhaustedError):
         gaussian(zeros(8), 1.0, relation=ADD, charge=paid, source=source)  # type: ignore[arg-type]
     assert source.asked == 8
+
+
+@pytest.mark.parametrize("bound", [1e-101, 1e101])
+def test_a_bound_without_a_grid_in_float64_is_refused_before_the_charge(bound: float) -> None:
+    paid = charge()
+    with pytest.raises(InputError, match="use a clip norm between 1e-100 and 1e"):
+        gaussian(zeros(4, bound), 1.0, relation=ADD, charge=paid, source=SeededSource(0))
+    assert paid.position == 0
+
+
+@pytest.mark.parametrize("bound", [1e-100, 1e-30, 1e30, 1e100])
+def test_extreme_bounds_keep_the_scale_of_the_noise_and_the_grid(bound: float) -> None:
+    sums = Bounded({"w": torch.zeros(SIZE, dtype=torch.float64)}, bound)
+    released = gaussian(sums, 2.0**20, relation=ADD, charge=charge(), source=SecureSource())
+    units = released.value["w"] / grid_of(bound)
+    assert torch.equal(units, units.round())
+    assert only_this_scale(units, released.noise_std / grid_of(bound))
 
 
 @pytest.mark.parametrize("multiplier", [0, -1, math.nan, math.inf])

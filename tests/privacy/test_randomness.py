@@ -100,6 +100,13 @@ def test_a_seeded_stream_of_normals_goes_on_where_a_block_ended() -> None:
     assert torch.equal(torch.cat([cut.normal(BLOCK), cut.normal(BLOCK), cut.normal(10)]), whole)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 7, BLOCK - 1, BLOCK + 1, 2 * BLOCK + 3])
+def test_noise_that_is_added_is_the_same_stream_times_its_scale(count: int) -> None:
+    total = torch.arange(count, dtype=torch.float64)
+    SeededSource(9).add_normal(total, 3.5)
+    torch.testing.assert_close(total - torch.arange(count), 3.5 * SeededSource(9).normal(count), rtol=0, atol=1e-9)
+
+
 def test_single_precision_is_the_rounded_double_stream() -> None:
     wide, narrow = SeededSource(3).normal(1001), SeededSource(3).normal(1001, torch.float32)
     assert torch.equal(wide.to(torch.float32), narrow)

@@ -3,8 +3,8 @@
 **Floating point.** Noise computed in floating point leaks through its low bits which number was added to it (Mironov
 2012, "On significance of the least significant bits for differential privacy"; Holohan and Braghin 2021, "Secure random
 sampling in differential privacy"). So both the sum and the noise are put on one fixed grid, a power of two that depends
-on public numbers only: sum + noise = grid * (integer + integer), which float64 computes exactly. A sum on the grid plus
-ideal Gaussian noise rounded to the grid is the rounded Gaussian mechanism, hence post-processing of it. Rounding the
+on public numbers only. The sum is rounded to the grid first; adding the noise then rounds once more to the grid, and that
+is a function of the sum on the grid plus the noise, hence post-processing of the Gaussian mechanism. Rounding the
 sum can move it by at most grid * sqrt(d), which is added to the sensitivity before the noise is scaled. What remains is
 the rounding inside log, sqrt, sin and cos in float64, about 2**-28 of the mass of one grid cell.
 """
@@ -27,9 +27,10 @@ from sfumato.privacy.ledger import Charge
 from sfumato.privacy.randomness import RandomSource
 
 _GRID_BITS = 24
-LARGEST_MULTIPLIER = 2.0**21  # ten standard deviations then stay within 2**51 grid units, for up to 2**28 coordinates
-_BLOCK = 2 * 49_152  # as many as a random source makes at a time
-_EXACT = 2.0**51  # grid units: far inside what float64 adds exactly, and a thousand times any honest sum
+LARGEST_MULTIPLIER = 2.0**20  # ten standard deviations then stay within 2**50 grid units, for up to 2**28 coordinates
+_BLOCK = 2 * 65_536  # as many as a random source makes at a time
+_EXACT = 2.0**50  # grid units: with the noise still inside what float64 adds on the grid, and 32 times any honest sum
+_LEAST_BOUND, _LARGEST_BOUND = 1e-100, 1e100
 
 
 def grid_of(norm_bound: float) -> float:
@@ -43,11 +44,17 @@ def noise_std(bounded: Bounded, noise_multiplier: float, relation: Relation, *, 
     `roundings` counts the sums that one unit can move and that are put on the grid one by one.
 
     Raises:
-        InputError: the multiplier is so large that float64 could not add noise and sum exactly.
+        InputError: the multiplier is so large that float64 could not add noise and sum on the grid, or the bound is so
+            small or large that it has no grid there.
     """
     if not noise_multiplier <= LARGEST_MULTIPLIER:
         raise InputError(
             f"noise_multiplier {noise_multiplier:g} is above {LARGEST_MULTIPLIER:g}; such a release says nothing."
+        )
+    if not _LEAST_BOUND <= bounded.norm_bound <= _LARGEST_BOUND:
+        raise InputError(
+            f"A sum with the bound {bounded.norm_bound:g} cannot be noised exactly in float64; use a clip norm between "
+            f"{_LEAST_BOUND:g} and {_LARGEST_BOUND:g}."
         )
     rounding = roundings * grid_of(bounded.norm_bound) * math.sqrt(bounded.size)
     return noise_multiplier * (bounded.sensitivity(relation) + rounding)
@@ -236,26 +243,23 @@ def _refuse_nonsense(bounded: Bounded) -> None:
 def _noised(
     value: Tensors, grid: float, std: float, source: RandomSource, *, scaled: bool = True
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Return the sum on the grid plus noise on the grid, computed in float64.
+    """Return the sum on the grid plus noise, on the grid, computed in float64.
 
     In the tensors' own dtype, to which the released numbers are rounded; or, not `scaled`, in whole grid units, float64.
     """
     # One vector, because a model has many small tensors.
     given = torch.cat([tensor.detach().reshape(-1) for tensor in value.values()])
+    device, given = given.device, given.cpu()
     result = given if scaled else torch.empty_like(given, dtype=torch.float64)
-    size = min(len(given), _BLOCK)
-    work = torch.empty(size, dtype=torch.float64, device=given.device)
-    noise = torch.empty(size + 1, dtype=torch.float64)  # once, because fresh pages cost as much as the noise in them
+    work = torch.empty(min(len(given), _BLOCK), dtype=torch.float64)
+    # Beside this number the spacing of float64 is the grid, so that an addition is one and a rounding as well.
+    far = 1.5 * 2.0**52 * grid
     # A block goes through all of it while it is in the cache.
     for start in range(0, len(given), _BLOCK):
         part = given[start : start + _BLOCK]
-        units = work[: len(part)].copy_(part).mul_(1 / grid).round_()  # exact: the grid is a power of two
-        units = _add_noise(units, std / grid, source, noise)
-        result[start : start + _BLOCK].copy_(units.mul_(grid) if scaled else units)
-    parts = result.split([tensor.numel() for tensor in value.values()])
+        near = work[: len(part)].copy_(part).add_(far)
+        source.add_normal(near, std)
+        near.sub_(far)
+        result[start : start + _BLOCK].copy_(near if scaled else near.div_(grid))
+    parts = result.to(device).split([tensor.numel() for tensor in value.values()])
     return {name: flat.view(tensor.shape) for (name, tensor), flat in zip(value.items(), parts, strict=True)}
-
-
-def _add_noise(units: Tensor, std_units: float, source: RandomSource, memory: Tensor) -> Tensor:
-    noise = source.normal(units.numel(), std=std_units, out=memory).round_()
-    return units.add_(noise.to(units.device))
