@@ -47,6 +47,38 @@ def plain(workload: Workload, device: str) -> TakeStep:
     return step
 
 
+def plain_noised(workload: Workload, device: str) -> TakeStep:
+    """A plain step with secure noise on its gradient: what a private one would take if clipping cost nothing."""
+    import sfumato as sf
+    from sfumato.privacy import events
+    from sfumato.privacy.books import Cost
+    from sfumato.privacy.bounded import Bounded
+    from sfumato.privacy.budget import Relation, Unit
+    from sfumato.privacy.mechanisms import gaussian
+    from sfumato.privacy.randomness import SecureSource
+
+    features, targets = _batch(workload, device)
+    model = workload.build(nn.LSTM).to(device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer, source, ledger = _sgd(model), SecureSource(), sf.Ledger.in_memory()
+    ledger.grant("bench", sf.Budget(1, 1e-5))
+    charge = ledger.charge(
+        "bench", purpose="bench", event=events.to_json(events.repeated(events.gaussian(8.0), STEPS)), draws=STEPS,
+        cost=Cost(1, 1e-5, Unit.RECORD, Relation.ADD_OR_REMOVE_ONE),
+    )  # fmt: skip
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(features), targets).backward()
+        summed = Bounded({name: p.grad for name, p in trained.items() if p.grad is not None}, 1.0)
+        released = gaussian(summed, 1e-6, relation=Relation.ADD_OR_REMOVE_ONE, charge=charge, source=source)
+        for name, gradient in released.value.items():
+            trained[name].grad = gradient
+        optimizer.step()
+
+    return step
+
+
 def sfumato(workload: Workload, device: str) -> TakeStep:
     import sfumato as sf
 
@@ -115,6 +147,7 @@ def opake(workload: Workload, device: str) -> TakeStep:
 
 MODES: dict[str, Callable[[Workload, str], TakeStep]] = {
     "plain": plain,
+    "plain-noised": plain_noised,
     "sfumato": sfumato,
     "opacus-hooks": opacus("hooks"),
     "opacus-functorch": opacus("functorch"),

@@ -30,7 +30,7 @@ from sfumato.report.describe import describe_machine
 HERE = Path(__file__).parent
 WARM_UP = 3
 TIMED = 5
-OURS = ("plain", "sfumato")
+OURS = ("plain", "plain-noised", "sfumato")
 
 
 class StepError(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -170,9 +170,7 @@ class PrivateGradient:
             if not parts:
                 return 0
             factors, broken = self._clipping.factors({name: part.squared for name, part in parts.items()}, parameters)
-            missing = broken if bool(broken.any()) else None
-            made = {id(values): Weighting(values, missing) for values in factors.values()}
-            weightings = {name: made[id(values)] for name, values in factors.items()}
+            weightings = _weightings(factors, broken)
 
             def add(name: str, sums: Tensor) -> None:
                 if name in total:
@@ -217,6 +215,13 @@ class PrivateGradient:
         """Note what a record takes: the outputs of all operations, the gradients of those of layers, what is held."""
         self._plain_per_record = tape.bytes / tape.records
         self._bytes_per_record = (tape.bytes + tape.noted_bytes + held) / tape.records
+
+
+def _weightings(factors: Mapping[str, Tensor], broken: Tensor) -> dict[str, Weighting]:
+    missing = broken if bool(broken.any()) else None
+    distinct = {id(values): values for values in factors.values()}  # one for all names, unless clipped per layer
+    made = {key: Weighting(values, missing) for key, values in distinct.items()}
+    return {name: made[id(values)] for name, values in factors.items()}
 
 
 def together(terms: Sequence[Term]) -> Term:

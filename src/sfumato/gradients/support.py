@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
@@ -50,6 +51,8 @@ def problems(model: nn.Module) -> Iterator[str]:
 
 
 _functorch = torch._C._functorch
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 _TORCHS_OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
 
@@ -93,7 +96,9 @@ def refuse_memories(model: nn.Module, loss: object) -> None:
     for root in (model, loss):
         for path, module in root.named_modules() if isinstance(root, nn.Module) else ():
             for key, value in (*vars(module).items(), *module._buffers.items()):
-                if key not in _TORCHS_OWN and any(map(_functorch.is_functorch_wrapped_tensor, _tensors_in(value))):
+                if type(value) in _PLAIN or key in _TORCHS_OWN or (type(value) in _CONTAINERS and not value):
+                    continue
+                if any(map(_functorch.is_functorch_wrapped_tensor, _tensors_in(value))):
                     raise UnsupportedModelError(
                         memory_of(
                             f'Module "{path or "(the model itself)"}" ({type(module).__name__}), attribute "{key}",'

@@ -98,7 +98,8 @@ def _scaled(
         (gradient,) = gradients
         assert gradient is not None
         if w is not None and w.name:
-            yield Given(w.name, per_record(wide(normalise(kept.get(), None, None)) * wide(gradient)))
+            # Fresh from its kernel, so it may be written to.
+            yield Given(w.name, per_record(wide(normalise(kept.get(), None, None)).mul_(wide(gradient))))
         if b is not None and b.name:
             yield Given(b.name, per_record(wide(gradient)))
 

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-_CHUNK = 64  # summed in the tensor's own dtype; the chunks are summed in float64
+_CHUNK, _LONG_CHUNK = 64, 512  # summed in the tensor's own dtype; the chunks are summed in float64
 _LARGE, _SMALL = 2.0**60, 2.0**-60  # squares beyond these may have overflowed or vanished in float32
 _ROUNDOFFS = 16
 _BACKENDS: Any = torch.backends
@@ -84,13 +84,15 @@ def exactly(device: torch.device) -> Iterator[None]:
 
     A norm and a sum that round differently would not keep the bound.
     """
+    inexact = [place for place in _PLACES if place.fp32_precision not in ("none", "ieee")]
+    if not inexact and not torch.is_autocast_enabled(device.type):
+        yield  # in every step of most runs, several times
+        return
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        for place in _PLACES:
-            before = place.fp32_precision
-            if before not in ("none", "ieee"):
-                place.fp32_precision = "ieee"
-                stack.callback(setattr, place, "fp32_precision", before)
+        for place in inexact:
+            stack.callback(setattr, place, "fp32_precision", place.fp32_precision)
+            place.fp32_precision = "ieee"
         yield
 
 
@@ -193,8 +195,9 @@ def squared_norms(vectors: Tensor) -> Tensor:
     size = vectors.shape[1]
     if vectors.dtype is torch.float64 or size < _CHUNK:
         return vectors.to(torch.float64).square().sum(1)
-    whole = size - size % _CHUNK
-    chunks: Tensor = torch.linalg.vector_norm(vectors[:, :whole].unflatten(1, (-1, _CHUNK)), dim=2)
+    chunk = _CHUNK if size < 8 * _LONG_CHUNK else _LONG_CHUNK
+    whole = size - size % chunk
+    chunks: Tensor = torch.linalg.vector_norm(vectors[:, :whole].unflatten(1, (-1, chunk)), dim=2)
     squared = chunks.to(torch.float64).square_().sum(1)
     if whole < size:
         squared += vectors[:, whole:].to(torch.float64).square().sum(1)
