@@ -35,6 +35,12 @@ def test_a_limit_that_is_a_positive_number_or_none_is_taken(memory_mb: Any) -> N
     assert sf.Compute(memory_mb=memory_mb).memory_mb == memory_mb
 
 
+@pytest.mark.parametrize("autocast", [1, 0, "yes", "", None, torch.bfloat16, [True]])
+def test_autocast_is_true_or_false(autocast: Any) -> None:
+    with pytest.raises(InputError, match=r"^autocast must be True or False, not .*\.$"):
+        sf.Compute(autocast=autocast)
+
+
 @final
 class Counting(nn.Module):
     """Counts how often it is run, and in which precision."""

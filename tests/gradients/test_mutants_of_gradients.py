@@ -340,8 +340,8 @@ def with_sums(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int], T
     """Change every total of a batch, given it and the number of records."""
     honest = PrivateGradient.sum
 
-    def changed(self: PrivateGradient, features: Tensor, targets: Tensor) -> Any:
-        result = honest(self, features, targets)
+    def changed(self: PrivateGradient, features: Tensor, targets: Tensor, *more: Any) -> Any:
+        result = honest(self, features, targets, *more)
         value = {name: change(total, len(features)) for name, total in result.bounded.value.items()}
         return type(result)(type(result.bounded)(value, result.bounded.norm_bound), result.nonfinite)
 
@@ -371,9 +371,9 @@ def test_mutant_total_over_the_number_of_microbatches_is_caught_by_the_oracle(mo
     with_sums(monkeypatch, lambda total, records: total / max(1, counts[-1]))
     changed = PrivateGradient.sum
 
-    def fresh(self: PrivateGradient, features: Tensor, targets: Tensor) -> Any:
+    def fresh(self: PrivateGradient, features: Tensor, targets: Tensor, *more: Any) -> Any:
         counts.append(0)
-        return changed(self, features, targets)
+        return changed(self, features, targets, *more)
 
     monkeypatch.setattr(PrivateGradient, "sum", fresh)
     assert goes_past_the_self_check(study)
@@ -401,8 +401,8 @@ def test_mutant_parameter_that_is_not_covered_is_caught_by_the_self_check(monkey
     study.check_sound()
     honest = PrivateGradient.sum
 
-    def without_bias(self: PrivateGradient, features: Tensor, targets: Tensor) -> Any:
-        result = honest(self, features, targets)
+    def without_bias(self: PrivateGradient, features: Tensor, targets: Tensor, *more: Any) -> Any:
+        result = honest(self, features, targets, *more)
         value = {name: total for name, total in result.bounded.value.items() if name != "3.bias"}
         return type(result)(type(result.bounded)(value, result.bounded.norm_bound), result.nonfinite)
 

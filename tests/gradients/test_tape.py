@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_checks import DOUBLE, Case, check_agreement, normals, tokens, with_values
+from gradient_checks import DOUBLE, Case, check_agreement, normals, squares, tokens, with_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -229,12 +229,52 @@ def test_a_penalty_on_the_weights_in_the_loss_counts_for_every_record() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 20])
-def test_a_loss_that_depends_on_no_parameter_adds_zero(count: int) -> None:
-    case = Case(with_values(Own(lambda m, x: x * 2), 0), features(1, count), normals(2, count))
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: x * 2,
+        lambda m, x: m.layer(x).detach(),
+        lambda m, x: m.layer(x).argmax(1).to(DOUBLE),
+        lambda m, x: m.layer(x).detach() * nn.Parameter(torch.ones(1, dtype=DOUBLE)),  # somebody else's
+        lambda m, x: torch.no_grad()(m.layer)(x),
+    ],
+)
+def test_a_loss_that_depends_on_no_parameter_is_refused_by_name(run: Callable[..., Tensor], count: int) -> None:
+    case = Case(with_values(Own(run), 0), features(1, count), normals(2, count))
+    with pytest.raises(
+        UnsupportedModelError, match=r"The loss \(squares\) does not depend on any trained parameter of Own"
+    ):
+        case.fast(Clipping(1.0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_one_parameter_that_is_not_used_adds_zero(count: int) -> None:
+    case = Case(with_values(Own(lambda m, x: x @ m.layer.weight.T), 0), features(1, count), normals(2, count))
     result = case.fast(Clipping(1.0))
     assert list(result.bounded.value) == ["layer.weight", "layer.bias"]
-    assert not any(bool(tensor.any()) for tensor in result.bounded.value.values())
-    assert result.nonfinite == 0
+    assert not bool(result.bounded.value["layer.bias"].any())
+    assert bool(result.bounded.value["layer.weight"].any()) == (count > 0)
+
+
+def test_an_empty_batch_adds_zero_whatever_the_loss() -> None:
+    case = Case(with_values(Own(lambda m, x: x * 2), 0), features(1, 0), normals(2, 0))
+    assert not any(bool(tensor.any()) for tensor in case.fast(Clipping(1.0)).bounded.value.values())
+
+
+def test_a_parameter_of_the_loss_is_a_constant() -> None:
+    scale = nn.Parameter(torch.tensor([3.0], dtype=DOUBLE))
+    given = [with_values(nn.Linear(WIDTH, 2), 0), features(1, 5), normals(2, 5)]
+    trained = Case(*given, lambda out, target: squares(out * scale, target))
+    constant = Case(*given, lambda out, target: squares(out * 3.0, target))
+    check_agreement(trained.fast(Clipping(0.3)), constant.fast(Clipping(0.3)), 1e-12)
+
+
+@pytest.mark.parametrize("result", [1.5, None, (torch.zeros(1),)])
+def test_a_loss_that_returns_no_tensor_is_refused(result: Any) -> None:
+    case = Case(with_values(nn.Linear(WIDTH, 2), 0), features(1, 3), normals(2, 3), lambda *_: result)
+    kind = type(result).__name__
+    with pytest.raises(UnsupportedModelError, match=rf"The loss \(<lambda>\) returned {kind}; it must return a tensor"):
+        case.fast(Clipping(1.0))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from sfumato import _checks
+from sfumato.errors import InputError
 
 
 @final
@@ -20,7 +21,7 @@ class Compute:
             sums are taken in float32 all the same.
 
     Raises:
-        InputError: memory_mb is not a positive number.
+        InputError: memory_mb is not a positive number, or autocast is neither True nor False.
     """
 
     memory_mb: float | None = None
@@ -29,6 +30,9 @@ class Compute:
     def __post_init__(self) -> None:
         if self.memory_mb is not None:
             _checks.positive("memory_mb", self.memory_mb)
+        autocast: object = self.autocast
+        if not isinstance(autocast, bool):
+            raise InputError(f"autocast must be True or False, not {autocast!r}.")
 
 
 DEFAULT = Compute()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,17 +76,77 @@ def running(model: nn.Module, how: str, *, quote: bool) -> Iterator[None]:
     except SfumatoError:
         raise
     except Exception as error:
-        if "inplace operation" in str(error):  # autograd's words, which quote shapes alone
-            raise UnsupportedModelError(
-                f"{type(model).__name__} changes a tensor in place that its gradient needs; use operations that return a new "
-                "tensor (inplace=False)."
-            ) from None
-        said = f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})" if quote else ""
+        if known := _known(error, type(model).__name__):
+            raise UnsupportedModelError(known) from None
+        said = f" ({str(error).splitlines()[0]})" if quote and str(error) else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__} with this loss cannot be run {how}{said}. Usual causes: an input or target of the wrong "
-            "shape or range, a buffer or activation changed in place, or a decision on a tensor's value. Run "
-            "loss(model(features[:1]), targets[:1]) on made-up records to see torch's message."
+            f"{type(model).__name__} with this loss cannot be run {how}{said}. It raised {type(error).__name__}. Usual causes: "
+            "an input or target of the wrong shape or range, a buffer or activation changed in place, or a decision on a "
+            f"tensor's value. {_TRY}"
         ) from (error if quote else None)
+
+
+@contextlib.contextmanager
+def following(operation: str, rule: Callable[..., Any], how: str, model: nn.Module) -> Iterator[None]:
+    """Turn whatever a rule raises into one sentence, which never quotes the error: it may hold values of the records.
+
+    Args:
+        operation: The torch function that the rule stands for.
+        rule: Named in the sentence if it is not one of sfumato's.
+        how: As for `running`.
+        model: Named where the model is what has to change.
+
+    Raises:
+        UnsupportedModelError: in place of any error but sfumato's own.
+    """
+    try:
+        yield
+    except SfumatoError:
+        raise
+    except Exception as error:
+        if known := _known(error, type(model).__name__):
+            raise UnsupportedModelError(known) from None
+        failed = f"The rule for {operation} failed with {type(error).__name__}"
+        if str(getattr(rule, "__module__", "")).partition(".")[0] != "sfumato":
+            raise UnsupportedModelError(
+                f"{failed}; it is your {name_of(rule)}, so mend it, or return NotImplemented for what it does not cover. "
+                "On made-up records the __context__ of this error tells more."
+            ) from None
+        raise UnsupportedModelError(
+            f"{failed} in {type(model).__name__}, run {how}; the usual cause is an input or target of the wrong shape, type or "
+            f"range. {_TRY}"
+        ) from None
+
+
+def name_of(function: object) -> str:
+    """Return what people call a function, a loss or a rule."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+_TRY = "Run loss(model(features[:1]), targets[:1]) on made-up records to see torch's message."
+
+
+def _known(error: Exception, model: str) -> str:
+    """Return the sentence for an error whose text torch words the same whatever the records hold; else nothing."""
+    said = str(error)
+    if "inplace operation" in said:  # it quotes shapes alone
+        return (
+            f"{model} changes a tensor in place that its gradient needs; use operations that return a new tensor "
+            "(inplace=False)."
+        )
+    if not said.startswith("vmap: It looks like you're"):
+        return ""
+    if "calling .item()" in said:
+        return (
+            f"{model} or the loss takes a number out of a tensor (.item(), float(), int()), maybe for a decision on a tensor's "
+            "value, which has no answer for many records at once; keep it a tensor, or use torch.where."
+        )
+    return (
+        f"{model} or the loss makes a decision on a tensor's value (if, while, and, or), which has no answer for many records "
+        "at once; use torch.where."
+    )
 
 
 def refuse_memories(model: nn.Module, loss: object) -> None:

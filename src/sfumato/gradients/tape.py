@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from sfumato.errors import SfumatoError, UnsupportedModelError
 from sfumato.gradients.clipped import Loss
-from sfumato.gradients.support import memory_of, refuse_memories, running
+from sfumato.gradients.support import following, memory_of, name_of, refuse_memories, running
 from sfumato.gradients.terms.held import Given
 from sfumato.gradients.terms.term import Term, exactly
 
@@ -87,6 +87,7 @@ class Use:
         edges: Where the gradients of the outputs come from.
         in_passing: Whether the backward passes through here on its way to an earlier use.
         number: Its place on the tape.
+        weights: The names for which its terms must come.
     """
 
     layer: str
@@ -95,6 +96,7 @@ class Use:
     edges: tuple[GradientEdge, ...]
     in_passing: bool
     number: int
+    weights: frozenset[str]
 
 
 Rule = Callable[..., Any]
@@ -134,9 +136,13 @@ class Tape(TorchFunctionMode):
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._computed: dict[str, Tensor] = {}
         self._model: nn.Module = nn.Identity()
+        self._how = "one record at a time"
+        self._loss = ""
         self._level = -1
         self._records = 0
         self._operation = ""
+        self._rule: Rule = otherwise  # the one that is at work, and is to blame
+        self._followed: list[Rule] = []
 
     def losses(self, model: nn.Module, loss: Loss, features: Tensor, targets: Tensor, *, views: bool) -> Tensor:
         """Return the loss of every record, shape (records,), and note the uses on the way."""
@@ -144,14 +150,24 @@ class Tape(TorchFunctionMode):
         def of_one(feature: Tensor, target: Tensor) -> Tensor:
             self._level = _functorch.maybe_get_level(feature)
             if views:
-                losses = loss(model(feature), target.expand(len(feature), *target.shape))
+                losses = self._tensor(loss(model(feature), target.expand(len(feature), *target.shape)))
                 return losses if losses.dim() == 0 else losses.mean()
-            return loss(model(feature.unsqueeze(0)), target.unsqueeze(0)).sum()
+            return self._tensor(loss(model(feature.unsqueeze(0)), target.unsqueeze(0))).sum()
 
-        self._records, self._model = len(features), model
-        with running(model, "one record at a time", quote=False), self:
+        self._records, self._model, self._loss = len(features), model, name_of(loss)
+        if views:
+            self._how += " on the views that augment returned"
+        with running(model, self._how, quote=False), self:
             losses: Tensor = vmap(of_one, randomness="different")(features, targets)
         self._refuse_memories(model, loss)
+        return losses
+
+    def _tensor(self, losses: object) -> Tensor:
+        if not isinstance(losses, Tensor):
+            raise UnsupportedModelError(
+                f"The loss ({self._loss}) returned {type(losses).__name__}; it must return a tensor: the mean over the "
+                "records, or one number for each."
+            )
         return losses
 
     def _refuse_memories(self, model: nn.Module, loss: Loss) -> None:
@@ -167,16 +183,23 @@ class Tape(TorchFunctionMode):
         """Do the backward; give each use with its terms to `take`, as soon as they are known.
 
         Raises:
-            UnsupportedModelError: a parameter reached the loss on a way that was not seen.
+            UnsupportedModelError: a parameter reached the loss on a way that was not seen, the loss depends on none at all,
+                or a rule did not do what it must.
         """
         if not losses.requires_grad:
-            return
+            raise self._independent()
+        reached = False
 
         def given(use: Use, gradients: Sequence[Tensor | None]) -> None:
+            nonlocal reached
             terms, self._terms[use.number] = self._terms[use.number], None
             if terms is not None and any(gradient is not None for gradient in gradients):
                 with torch.no_grad(), exactly(losses.device):
-                    take(use, list(self._of_parameters(terms(gradients))))
+                    with following(use.operation, self._followed[use.number], self._how, self._model):
+                        made = list(self._of_parameters(self._checked(use, terms(gradients))))
+                    if made:
+                        reached = True
+                        take(use, made)
 
         # A use behind which there are others lies on autograd's way to them and is given its gradient in passing, while that
         # is in the cache, and nobody keeps it. The others are what autograd is asked for.
@@ -185,7 +208,7 @@ class Tape(TorchFunctionMode):
         edges = [edge for use in last for edge in use.edges]
         wanted: list[Any] = [*edges, *self._parameters.values()]
         try:
-            with running(self._model, "one record at a time", quote=False), torch.enable_grad():
+            with running(self._model, self._how, quote=False), torch.enable_grad():
                 found: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
         finally:
             for hook in hooks:
@@ -197,9 +220,9 @@ class Tape(TorchFunctionMode):
                     "on the parameter itself or a compiled function; apply it to the layer's input or output instead."
                 )
         passed_by = [use for use in self.uses if use.in_passing and self._terms[use.number] is not None]
-        if passed_by and (reached := _nodes(losses.grad_fn)):
+        if passed_by and (nodes := _nodes(losses.grad_fn)):
             for use in passed_by:
-                if use.edges[0].node in reached:
+                if use.edges[0].node in nodes:
                     raise SfumatoError(f"The gradient of {use.operation} was passed by; this is a fault in sfumato.")
         position = 0
         for use in last:
@@ -207,6 +230,14 @@ class Tape(TorchFunctionMode):
             gradients, found[place] = found[place], [None] * len(use.edges)  # let go of each once its terms are made
             position += len(use.edges)
             given(use, gradients)
+        if not reached:
+            raise self._independent()
+
+    def _independent(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"The loss ({self._loss}) does not depend on any trained parameter of {type(self._model).__name__}, so there would "
+            "be noise and nothing else to train on; compute it from the model's output, without detach(), no_grad() or argmax."
+        )
 
     def used_once(self, name: str) -> bool:
         """Tell whether a parameter has been used in one place only, and as it is."""
@@ -253,9 +284,8 @@ class Tape(TorchFunctionMode):
         if known is None:
             name = f".computed {len(self._computed)}"  # no parameter is called that
             self._computed[name] = value
-            behind = _leaves(value)
-            self._behind.update(behind)
-            self._sources[name] = [n for n, p in self._parameters.items() if id(p) in behind]
+            self._sources[name] = self._names_of(value)
+            self._behind.update(id(self._parameters[source]) for source in self._sources[name])
             # The sum with the anchor requires a gradient, and autograd finds nothing behind it.
             known = self._weights[id(value)] = Weight(name, value.detach() + self._anchor.to(value))
         return known
@@ -276,27 +306,33 @@ class Tape(TorchFunctionMode):
         layer = next((weight.name for weight in weights if weight is not None and weight.name), "")
         layer = next(iter(self._sources.get(layer, [])), layer)
         # The place of a view on the graph changes when its base is written to in place (ReLU(inplace=True) does that).
-        assert not any(output._is_view() for output in outputs), f"rule {rule} noted a view"
+        if any(output._is_view() for output in outputs):
+            raise UnsupportedModelError(
+                f"The rule for {self._operation} noted an output that is a view; write out = out.clone() before tape.note, "
+                "and go on with that."
+            )
         edges = tuple(get_gradient_edge(output) for output in outputs)
         size = sum(output.nbytes for output in outputs)
         self.noted_bytes += size
         self.bytes += size
-        self._counts.update(weight.name for weight in weights if weight is not None and weight.name)
+        names = frozenset(weight.name for weight in weights if weight is not None and weight.name)
+        self._counts.update(names)
         in_passing = len(edges) == 1 and any(tensor.requires_grad for tensor in inputs)
-        self.uses.append(Use(layer, self._operation, rule, edges, in_passing, len(self.uses)))
+        self.uses.append(Use(layer, self._operation, rule, edges, in_passing, len(self.uses), names))
         self._terms.append(terms)
+        self._followed.append(self._rule)
 
     # For torch.
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        trained = batched = False
+        batched, trained = False, []
         for value in _tensors(args, kwargs):
             if _functorch.is_batchedtensor(value):
                 batched = True
             elif value.requires_grad:
-                trained = True
+                trained.append(value)
                 if _functorch.is_functorch_wrapped_tensor(value):
                     raise UnsupportedModelError(
                         "The model uses a trained parameter inside a torch.func transform of its own, which cannot be "
@@ -309,11 +345,10 @@ class Tape(TorchFunctionMode):
                     f"{self._operation} writes a trained parameter into a tensor in place; write it as an operation that "
                     "returns a new tensor."
                 )
-            rule = self._rules.get(func)
-            result = rule(self, *args, **kwargs) if rule is not None else NotImplemented
+            result = self._follow(self._rules[func], trained, args, kwargs) if func in self._rules else NotImplemented
             return self._watch(result if result is not NotImplemented else self._otherwise(self, func, args, kwargs))
         if batched and func in self._together:
-            result = self._together[func](self, *args, **kwargs)
+            result = self._follow(self._together[func], (), args, kwargs)
             if result is not NotImplemented:
                 return self._watch(result)
         result = func(*args, **kwargs)
@@ -322,6 +357,39 @@ class Tape(TorchFunctionMode):
             self.bytes += 0 if inner._is_view() else inner.nbytes
         return self._watch(result)
 
+    def _follow(self, rule: Rule, trained: Iterable[Tensor], args: Any, kwargs: Any) -> Any:
+        """Return what a rule returns, once it has noted the trained parameters that it was given."""
+        operation, begun, before = self._operation, len(self.uses), self._rule
+        self._rule = rule
+        try:
+            with following(operation, rule, self._how, self._model):
+                result = rule(self, *args, **kwargs)
+        finally:
+            self._rule = before
+        if result is NotImplemented:
+            return result
+        noted = {source for use in self.uses[begun:] for name in use.weights for source in self._behind_name(name)}
+        for value in trained:
+            for name in self._names_of(value):
+                if name not in noted:
+                    raise UnsupportedModelError(
+                        f'The rule for {operation} was given the parameter "{name}" and noted nothing for it, so it would not '
+                        "be trained; call tape.note with tape.weight(...) of it, or return NotImplemented."
+                    )
+        return result
+
+    def _names_of(self, value: Tensor) -> list[str]:
+        """Return the parameters that a value is, or was computed from; none if they are not the model's."""
+        known = self._weights.get(id(value))
+        if known is not None:
+            return self._behind_name(known.name)
+        behind = _leaves(value)
+        return [name for name, parameter in self._parameters.items() if id(parameter) in behind]
+
+    def _behind_name(self, name: str) -> list[str]:
+        """Return the parameters behind a name that terms are collected under."""
+        return self._sources.get(name, [name])
+
     def _watch(self, result: Any) -> Any:
         """Remember what was handed to the model, weakly, so that it shows if somebody keeps it."""
         for value in _tensors((result,), {}):
@@ -329,12 +397,42 @@ class Tape(TorchFunctionMode):
                 self._seen.append(weakref.ref(value))
         return result
 
+    def _checked(self, use: Use, terms: Iterable[Term]) -> Iterator[Term]:
+        """Pass on the terms of a use, if they are those that its rule promised."""
+        missing = set(use.weights)
+        for term in terms:
+            if not isinstance(term, Term):
+                raise UnsupportedModelError(
+                    f"The rule for {use.operation} gave {type(term).__name__} in place of a term; yield Given(name, gradients)."
+                )
+            value = self._computed.get(term.name, self._parameters.get(term.name))
+            if value is None:
+                raise UnsupportedModelError(
+                    f'The rule for {use.operation} gave a term for "{term.name}", which is no trained parameter; leave out '
+                    "weights whose name is empty."
+                )
+            wrong = isinstance(term, Given) and term.per_record().shape[1:] != value.shape
+            if wrong or term.records != self._records:
+                raise UnsupportedModelError(
+                    f'The rule for {use.operation} gave a term of the wrong shape for "{use.layer}"; a gradient has the shape '
+                    f"(records, {', '.join(map(str, value.shape))})."
+                )
+            missing.discard(term.name)
+            yield term
+        for name in sorted(missing):
+            raise UnsupportedModelError(
+                f'The rule for {use.operation} noted "{self._behind_name(name)[0]}" and gave no term for it, so it would not '
+                "be trained; yield one term or more for each weight whose name is not empty."
+            )
+
     def _of_parameters(self, terms: Iterable[Term]) -> Iterator[Term]:
         """Carry terms of what was computed from parameters back to the parameters."""
         for term in terms:
             if term.name not in self._computed:
                 yield term
                 continue
+            if not self._sources[term.name]:
+                continue  # not the model's, so nobody trains it: a parameter of the loss
             pulled = torch.autograd.grad(
                 self._computed[term.name],
                 [self._parameters[name] for name in self._sources[term.name]],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from sfumato.data.records import Records
-from sfumato.errors import LostClientsError
+from sfumato.errors import InputError, LostClientsError
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.learning import distributed
@@ -55,8 +56,16 @@ def steps(
         SfumatoError: one of its kinds, each with the fix; a refusal before the first noise costs nothing.
     """
     source = source or SecureSource()
-    account = Account(dataset or records.name, ledger, purpose, by)
+    _expect("model", model, nn.Module, _MODEL)
     with distributed.together(model) as shared:
+        _expect("records", records, Records, "build them with Records.from_arrays, sf.load or the like")
+        _expect(
+            "optimizer", optimizer, Optimizer, "make it over the model, for example SGD(model.parameters(), lr=0.1)"
+        )
+        _check_run(plan, loss, ledger, checkpoint, compute)
+        if augment is not None:
+            _expect_function("augment", augment, "pass a function from one record's features to its views")
+        account = Account(dataset or records.name, ledger, purpose, by)
         procedure = shared(Central(model, records, plan, loss, optimizer, source, compute, augment))
         return Training(model, plan, procedure, account, source, checkpoint)
 
@@ -105,6 +114,10 @@ def rounds(
         SfumatoError: one of its kinds, each with the fix.
     """
     distributed.refuse("Federations")
+    _expect("model", model, nn.Module, _MODEL)
+    _check_clients(clients)
+    _expect("algorithm", algorithm, Algorithm, "make one, for example FedSGD(partial(SGD, lr=0.1))")
+    _check_run(plan, loss, ledger, checkpoint, compute)
     source = source or SecureSource()
     federation = Federation(model, clients, plan, loss, engine, source, populations, compute)
     account = Account(dataset, ledger, purpose, by)
@@ -135,3 +148,42 @@ def _finish(training: Training, on_step: Callable[[Step], None] | None) -> Train
         training.pause()
         raise
     return training.result()
+
+
+_MODEL = "pass an instance, for example torch.nn.Linear(4, 2)"
+
+
+def _check_run(plan: object, loss: object, ledger: object, checkpoint: object, compute: object) -> None:
+    """Refuse what is of the wrong kind among the arguments that every way to train has."""
+    _expect("plan", plan, Plan, "make one with Plan.calibrate(...) or Plan.without_privacy(...)")
+    _expect_function("loss", loss, "pass a function of (outputs, targets), or a loss module that is made")
+    if ledger is not None:
+        _expect("ledger", ledger, Ledger, 'open one with Ledger("ledger.sqlite")')
+    if checkpoint is not None:
+        _expect("checkpoint", checkpoint, Checkpoint, 'make one with Checkpoint("run.pt")')
+    _expect("compute", compute, Compute, "make one, for example Compute(memory_mb=200)")
+
+
+def _check_clients(clients: object) -> None:
+    """Refuse clients that are no mapping of names to records."""
+    fix = "pass a mapping of name to Records, for example records.by_owner()"
+    _expect("clients", clients, Mapping, fix)
+    assert isinstance(clients, Mapping)
+    for name, records in clients.items():
+        _expect("The name of a client", name, str, fix)
+        _expect(f'clients["{name}"]', records, Records, fix)
+
+
+def _expect_function(name: str, value: object, fix: str) -> None:
+    if isinstance(value, type) or not callable(value):
+        raise InputError(f"{name} must be a function, not {_kind_of(value)}; {fix}.")
+
+
+def _expect(name: str, value: object, kind: type[Any], fix: str) -> None:
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be of type {kind.__name__}, not {_kind_of(value)}; {fix}.")
+
+
+def _kind_of(value: object) -> str:
+    """Return what a value is, never what it holds: it may be records."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -87,7 +87,7 @@ def _check_noise(total: Bounded, release: Released) -> None:
         noised = False
         pieces = (release.value[name].flatten().split(_PIECE), tensor.flatten().split(_PIECE))
         for after, before in zip(*pieces, strict=True):
-            noise = (after - before) / release.noise_std
+            noise = (after.double() - before.double()) / release.noise_std
             noised = noised or bool((noise.abs() > 2.0**-20).any())
             energy += float(torch.nan_to_num(noise, nan=math.inf).square().sum())
         if tensor.numel() >= 2 and not noised:

@@ -22,10 +22,6 @@ _CHUNK, _LONG_CHUNK = 64, 512  # summed in the tensor's own dtype; the chunks ar
 _LARGE, _SMALL = 2.0**60, 2.0**-60  # squares beyond these may have overflowed or vanished in float32
 _ROUNDOFFS = 16
 _BACKENDS: Any = torch.backends
-_PLACES = (
-    _BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn,
-    _BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn,
-)  # fmt: skip
 
 
 @final
@@ -78,22 +74,51 @@ class Weighting:
         return self.scaled(left, norms), unit(without(right, self.broken), right_mass)
 
 
+@final
+class _FullPrecision:
+    """The switches of one kind of device, which are the process's: the first user turns them, the last one turns them back."""
+
+    def __init__(self, places: Sequence[Any]) -> None:
+        self._places = places
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[tuple[Any, str]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                found = [(place, place.fp32_precision) for place in self._places]
+                self._before = [(place, precision) for place, precision in found if precision not in ("none", "ieee")]
+                for place, _ in self._before:
+                    place.fp32_precision = "ieee"
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                for place, precision in self._before:
+                    place.fp32_precision = precision
+
+
+_FULL = {
+    "cuda": _FullPrecision((_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)),
+    "cpu": _FullPrecision((_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn)),
+}
+
+
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Take norms and sums in full precision, whatever the user allows for the model (autocast, TF32, bfloat16 products).
 
     A norm and a sum that round differently would not keep the bound.
     """
-    inexact = [place for place in _PLACES if place.fp32_precision not in ("none", "ieee")]
-    if not inexact and not torch.is_autocast_enabled(device.type):
-        yield  # in every step of most runs, several times
-        return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        for place in inexact:
-            stack.callback(setattr, place, "fp32_precision", place.fp32_precision)
-            place.fp32_precision = "ieee"
-        yield
+    with _FULL.get(device.type, contextlib.nullcontext()):
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
 
 
 class Part(ABC):
