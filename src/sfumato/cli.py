@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
+import io
 import json
 import math
 import os
@@ -22,6 +25,8 @@ from typer.core import TyperGroup
 from sfumato._numbers import bound, floor
 from sfumato._version import __version__
 from sfumato.errors import InputError, SfumatoError
+from sfumato.privacy.accounts import Balance
+from sfumato.privacy.books import Entry
 from sfumato.privacy.budget import Budget, Relation, Unit
 from sfumato.privacy.ledger import Ledger
 
@@ -108,6 +113,7 @@ Protects = Annotated[str, typer.Option(help="Who is protected: record or client.
 Neighbours = Annotated[str, typer.Option(help="add-or-remove-one or replace-one.")]
 LedgerPath = Annotated[Path, typer.Argument(help="The ledger file.")]
 OneDataset = Annotated[str | None, typer.Argument(help="The data set; all of them unless given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -147,7 +153,7 @@ def plan(
     sampling: Annotated[str, typer.Option(help="poisson, shuffled or full-batch.")] = "poisson",
     unit: Protects = Unit.RECORD.value,
     relation: Neighbours = Relation.ADD_OR_REMOVE_ONE.value,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the least noise that keeps a budget."""
     budget = _budget(epsilon, delta, unit, relation)
@@ -187,53 +193,82 @@ def grant(
     delta: Delta,
     unit: Protects = Unit.RECORD.value,
     relation: Neighbours = Relation.ADD_OR_REMOVE_ONE.value,
+    composition: Annotated[
+        str | None, typer.Option(help="How runs add up, set by the first grant: basic (the default) or renyi.")
+    ] = None,
+    order: Annotated[int | None, typer.Option(help="The Renyi order; a good one unless given.")] = None,
+    user: Annotated[str | None, typer.Option(help="Cap only what this user charges.")] = None,
     by: Annotated[str | None, typer.Option(help="Who grants; your login unless given.")] = None,
     note: Annotated[str, typer.Option(help="Why.")] = "",
 ) -> None:
     """Set the cap on everything that is ever spent on a data set; the file is made if missing."""
     cap = _budget(epsilon, delta, unit, relation)
-    # A refused grant must not leave an empty ledger behind.
-    Ledger.in_memory().grant(dataset, cap, by=by, note=note)
-    with Ledger(path) as ledger:
-        before = ledger.balance(dataset).cap if ledger.has_grant(dataset) else None
-        ledger.grant(dataset, cap, by=by, note=note)
-    typer.echo(f"Set the cap of {dataset} to {cap}{f' (it was {before})' if before else ''}.")
+    if user is None and not path.exists():
+        # A refused grant must not leave an empty ledger behind.
+        Ledger.in_memory().grant(dataset, cap, composition=composition, order=order, by=by, note=note)
+    with Ledger(path) if user is None else Ledger.existing(path) as ledger:
+        known = ledger.has_grant(dataset) if user is None else user in ledger.users(dataset)
+        before = ledger.balance(dataset, user).cap if known else None
+        ledger.grant(dataset, cap, composition=composition, order=order, user=user, by=by, note=note)
+        how = _how(ledger.balance(dataset))
+    whose = dataset if user is None else f"{user} on {dataset}"
+    typer.echo(f"Set the cap of {whose} to {cap}{how}{f' (it was {before})' if before else ''}.")
 
 
 @ledger_app.command()
-def show(path: LedgerPath, dataset: OneDataset = None) -> None:
-    """Show what is spent and left of each cap."""
-    table = Table("data set", "spent", "epsilon spent", "epsilon left", "delta spent", "delta left", "promise")
+def show(path: LedgerPath, dataset: OneDataset = None, as_json: AsJson = False) -> None:
+    """Show what is spent and left of each cap, by purpose and by user."""
+    columns = ("data set", "spent", "epsilon spent", "epsilon left", "delta spent", "delta left")
+    table = Table(*columns, "composition", "promise")
+    accounts = []
     with Ledger.existing(path) as ledger:
         for name in [dataset] if dataset is not None else ledger.datasets():
-            have = ledger.balance(name)
-            table.add_row(
-                name, ProgressBar(total=have.cap.epsilon, completed=min(have.spent_epsilon, have.cap.epsilon), width=20),
-                bound(have.spent_epsilon), floor(have.remaining_epsilon),
-                bound(have.spent_delta), floor(have.remaining_delta), str(have.cap),
-            )  # fmt: skip
+            have, purposes = ledger.balance(name), ledger.by_purpose(name)
+            users = [ledger.balance(name, user) for user in ledger.users(name)]
+            accounts.append(_plain(have) | {"purposes": list(map(_plain, purposes)), "users": list(map(_plain, users))})
+            how = f"renyi, order {have.order}" if have.order else str(have.composition)
+            table.add_row(name, *_told(have), how, str(have.cap))
+            for spent in purposes:
+                runs = f"{spent.runs} run{'s' if spent.runs != 1 else ''}"
+                amount = f"divergence {bound(spent.amount)}" if have.order else bound(spent.amount)
+                table.add_row(f"  {spent.purpose}", _bar(spent.share), amount, "", "", "", "", runs)
+            for share in users:
+                table.add_row(
+                    f"  user {share.user}", *_told(share), "", f"({share.cap.epsilon:g}, {share.cap.delta:g})"
+                )
+    if as_json:
+        typer.echo(json.dumps(accounts))
+        return
     _console().print(table)
 
 
 @ledger_app.command()
-def history(path: LedgerPath, dataset: OneDataset = None) -> None:
+def history(path: LedgerPath, dataset: OneDataset = None, as_json: AsJson = False) -> None:
     """List every entry, oldest first."""
-    table = Table("no.", "time (UTC)", "what", "data set", "epsilon", "delta", "by", "purpose or note")
     with Ledger.existing(path) as ledger:
-        for entry in ledger.history(dataset):
-            costs = ("", "")
-            if entry.kind in ("grant", "charge"):
-                told = floor if entry.kind == "grant" else bound
-                costs = (told(entry.epsilon), told(entry.delta))
-            table.add_row(
-                str(entry.seq),
-                entry.at[: len("2026-01-31T12:00:00")].replace("T", " "),
-                entry.kind,
-                entry.dataset,
-                *costs,
-                entry.by,
-                entry.purpose or entry.note,
-            )
+        entries = ledger.history(dataset)
+    if as_json:
+        typer.echo(json.dumps([_plain(entry) for entry in entries]))
+        return
+    renyi = any(entry.renyi_order for entry in entries)
+    divergence = ["divergence"] if renyi else []
+    table = Table("no.", "time (UTC)", "what", "data set", "epsilon", "delta", *divergence, "by", "purpose or note")
+    for entry in entries:
+        costs = ["", "", *([""] if renyi else [])]
+        if entry.kind in ("grant", "charge"):
+            told = floor if entry.kind == "grant" else bound
+            costs[:2] = [told(entry.epsilon), told(entry.delta)]
+        if entry.renyi_order and entry.kind in ("charge", "settle"):
+            costs[2] = bound(entry.rdp)
+        table.add_row(
+            str(entry.seq),
+            entry.at[: len("2026-01-31T12:00:00")].replace("T", " "),
+            f"{entry.kind} to {entry.user}" if entry.user else entry.kind,
+            entry.dataset,
+            *costs,
+            entry.by,
+            entry.purpose or entry.note,
+        )
     _console().print(table)
 
 
@@ -241,10 +276,45 @@ def history(path: LedgerPath, dataset: OneDataset = None) -> None:
 def verify(
     path: LedgerPath,
     digest: Annotated[str | None, typer.Option(help="A digest kept elsewhere, which must occur.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check every entry of a ledger and print the digest of the last."""
     with Ledger.existing(path) as ledger:
-        typer.echo(f"The ledger is whole. Digest: {ledger.verify(digest)}")
+        found = ledger.verify(digest)
+    typer.echo(json.dumps({"whole": True, "digest": found}) if as_json else f"The ledger is whole. Digest: {found}")
+
+
+@ledger_app.command()
+def export(
+    path: LedgerPath,
+    dataset: OneDataset = None,
+    form: Annotated[str, typer.Option("--format", help="jsonl (one JSON object a line) or csv.")] = "jsonl",
+    out: Annotated[Path | None, typer.Option(help="A new file; printed unless given.")] = None,
+) -> None:
+    """Write every entry with all its fields and digests, for other programs."""
+    if form not in ("jsonl", "csv"):
+        raise InputError(f"format {form!r} is unknown; choose jsonl or csv.")
+    with Ledger.existing(path) as ledger:
+        rows = [_plain(entry) for entry in ledger.history(dataset)]
+    if form == "jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        page = io.StringIO()
+        writer = csv.DictWriter(page, [field.name for field in dataclasses.fields(Entry)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = page.getvalue()
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        with out.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"{out} is there already; name a new file with --out.") from None
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); name another file with --out.") from error
+    typer.echo(f"Wrote {len(rows)} entries to {out}.")
 
 
 @app.command()
@@ -283,6 +353,27 @@ def train(
 def _budget(epsilon: float, delta: float, unit: str, relation: str) -> Budget:
     # The words are checked by Budget, whose message suggests the right one.
     return Budget(epsilon, delta, unit, relation)  # type: ignore[arg-type]
+
+
+def _how(have: Balance) -> str:
+    return f", Renyi composition at order {have.order}" if have.order else ""
+
+
+def _told(have: Balance) -> tuple[ProgressBar, str, str, str, str]:
+    # Under Renyi composition the bar shows the divergences, which add up; epsilon does not.
+    whole, spent = have.cap.epsilon, have.spent_epsilon
+    if have.spent_rdp is not None and have.remaining_rdp is not None:
+        whole, spent = have.spent_rdp + have.remaining_rdp, have.spent_rdp
+    costs = (have.spent_epsilon, have.remaining_epsilon, have.spent_delta, have.remaining_delta)
+    return _bar(spent / whole), bound(costs[0]), floor(costs[1]), bound(costs[2]), floor(costs[3])
+
+
+def _bar(share: float) -> ProgressBar:
+    return ProgressBar(total=1.0, completed=min(share, 1.0), width=20)
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return dataclasses.asdict(value)
 
 
 def _console() -> Console:

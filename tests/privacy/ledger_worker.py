@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -57,19 +59,87 @@ def many(ledger: Ledger, times: int) -> None:
         say(ledger.charge("a", purpose="many", event="{}", cost=cost(0.01), draws=1).run)
 
 
-def release(ledger: Ledger, target: str) -> None:
-    """Until killed: charge, take, and only then write run and index to a file, as a release would."""
-    runs = [entry.run for entry in ledger.history("a") if entry.kind == "charge"]
-    charge = ledger.resume(runs[0], lease=3) if runs else None
-    with open(target, "a") as file:
-        while True:
-            if charge is None or charge.position == charge.draws:
-                charge = ledger.charge("a", purpose="kill", event="{}", cost=cost(0.001), draws=8, lease=3)
-            index = charge.take()
-            file.write(f"{charge.run} {index}\n")
-            file.flush()
-            os.fsync(file.fileno())
-            say("released")
+def drain(ledger: Ledger, times: int) -> None:
+    """Try to charge 0.01 many times, take both draws of each charge, and say the run or that it was refused."""
+    for _ in range(times):
+        try:
+            charge = ledger.charge("a", purpose="drain", event="{}", cost=cost(0.01), draws=2, lease=1)
+        except BudgetExhaustedError:
+            say("refused")
+            continue
+        say(f"{charge.run} {charge.take()} {charge.take()}")
+
+
+def drain_renyi(order: int, times: int) -> None:
+    """Eight forked children that charge one filter and settle most of it back, until nothing is left."""
+    from sfumato.privacy import events
+
+    whole, part = (events.to_json(events.RenyiFilterDpEvent(order, rdp)) for rdp in (0.05, 0.02))
+    children = []
+    for number in range(8):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            ledger = Ledger(sys.argv[3])
+            for _ in range(times):
+                try:
+                    charge = ledger.charge(
+                        "a", purpose="drain", event=whole, cost=cost(0.1), draws=4, lease=2, by=f"user {number % 2}"
+                    )
+                except BudgetExhaustedError:
+                    say("refused")
+                    continue
+                index = charge.take()
+                if number % 3:
+                    charge.settle(part)
+                say(f"{charge.run} {index}")
+            code = 0
+        finally:
+            os._exit(code)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit(1)
+
+
+def spend(ledger: Ledger, target: str, event: str) -> None:
+    """Until killed: charge, take, and only then write run and index to a file, as a release would; at times settle."""
+    chance = random.Random(os.getpid())
+    file = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    ended = {entry.run for entry in ledger.history("a") if entry.kind == "settle" or entry.upto == entry.draws}
+    open_runs = [entry.run for entry in ledger.history("a") if entry.kind == "charge" and entry.run not in ended]
+    charge = ledger.resume(open_runs[-1], lease=3) if open_runs else None
+    while True:
+        if charge is None or charge.position == charge.draws:
+            whole = f'{{"count": 8, "event": {event}, "type": "SelfComposedDpEvent"}}' if event else "{}"
+            charge = ledger.charge("a", purpose="kill", event=whole, cost=cost(0.001), draws=8, lease=3)
+        os.write(file, f"{charge.run} {charge.take()}\n".encode())  # one write: cut short by no kill
+        say("released")
+        if event and chance.random() < 0.1:
+            charge.settle(f'{{"count": {charge.position}, "event": {event}, "type": "SelfComposedDpEvent"}}')
+            charge = None
+
+
+def nursery(noise: float) -> None:
+    """For each ledger and target on standard input, fork a child that spends until killed; say its name and its end."""
+    event = ""
+    if noise:
+        from sfumato.privacy import events, renyi
+
+        event = events.to_json(events.gaussian(noise))
+        renyi.cost(events.gaussian(noise), 2)
+    for line in sys.stdin:
+        path, target = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            try:
+                say(f"born {os.getpid()}")
+                spend(Ledger.existing(path), target, event)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        say(f"dead {os.waitpid(child, 0)[1]}")
 
 
 def in_child(work: Callable[[], object]) -> str:
@@ -164,8 +234,12 @@ if __name__ == "__main__":
                 race(opened)
             case "many":
                 many(opened, int(sys.argv[4]))
-            case "release":
-                release(opened, sys.argv[4])
+            case "drain":
+                drain(opened, int(sys.argv[4]))
+            case "drain-renyi":
+                drain_renyi(int(sys.argv[4]), int(sys.argv[5]))
+            case "nursery":
+                nursery(float(sys.argv[4]))
             case "fork":
                 fork(opened)
             case "fork-in-a-transaction":

@@ -20,7 +20,7 @@ from sfumato.privacy.books import Cost
 from sfumato.privacy.bounded import Bounded
 from sfumato.privacy.budget import Budget, Relation, Unit
 from sfumato.privacy.ledger import Charge, Ledger
-from sfumato.privacy.mechanisms import SharedGaussian, gaussian, gaussian_each, grid_of, noise_std
+from sfumato.privacy.mechanisms import SharedGaussian, gaussian, gaussian_counts, gaussian_each, grid_of, noise_std
 from sfumato.privacy.randomness import SecureSource, SeededSource
 
 ADD = Relation.ADD_OR_REMOVE_ONE
@@ -378,3 +378,115 @@ def test_a_client_that_shares_twice_is_refused() -> None:
 def test_a_noise_multiplier_beyond_exact_floats_is_refused() -> None:
     with pytest.raises(InputError, match="such a release says nothing"):
         gaussian(zeros(8), 1e8, relation=ADD, charge=charge(), source=SeededSource(0))
+
+
+# Counts: several tables of whole numbers over the same units.
+
+
+def counted(tables: dict[str, Tensor], bounds: dict[str, float] | None = None) -> dict[str, Bounded]:
+    return {name: Bounded({name: table}, (bounds or {}).get(name, 1.0)) for name, table in tables.items()}
+
+
+@pytest.mark.parametrize("relation", list(Relation))
+@pytest.mark.parametrize("multiplier", [100.0, 1000.0])
+def test_counts_carry_the_noise_of_their_share_and_no_other(relation: Relation, multiplier: float) -> None:
+    parts = counted({name: torch.full((SIZE,), 70, dtype=torch.int64) for name in "ab"}, {"a": 1.0, "b": 64.0})
+    released = gaussian_counts(
+        parts, multiplier, shares={"a": 3.0, "b": 1.0}, relation=relation, charge=charge(), source=SecureSource()
+    )
+    moved = math.sqrt(2) if relation is Relation.REPLACE_ONE else 1.0
+    for name, std in {"a": multiplier * moved / math.sqrt(0.75), "b": multiplier * 64 * moved * 2}.items():
+        assert released[name].value[name].dtype == torch.int64
+        assert released[name].grid == 1.0
+        assert released[name].noise_std == pytest.approx(std, rel=1e-9)
+        assert only_this_scale(released[name].value[name].double() - 70, std)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shares=st.lists(st.floats(min_value=1e-3, max_value=1e3), min_size=1, max_size=6),
+    multiplier=st.floats(min_value=0.01, max_value=1e4),
+)
+def test_all_counts_together_cost_one_gaussian(shares: list[float], multiplier: float) -> None:
+    bounds = {str(place): 2.0**place for place in range(len(shares))}
+    parts = counted({name: torch.zeros(3, dtype=torch.int64) for name in bounds}, bounds)
+    released = gaussian_counts(
+        parts, multiplier, shares=dict(zip(bounds, shares, strict=True)), relation=ADD, charge=charge(),
+        source=SeededSource(0),
+    )  # fmt: skip
+    moved = math.fsum((bounds[name] / part.noise_std) ** 2 for name, part in released.items())
+    assert moved <= multiplier**-2
+    assert moved == pytest.approx(multiplier**-2, rel=1e-9)
+
+
+def test_small_noise_on_counts_is_the_gaussian_rounded_to_whole_numbers() -> None:
+    # With a std of 0.7 the chance of each whole number is that of its interval, not that of a point of the curve.
+    parts = counted({"a": torch.full((SIZE,), 9, dtype=torch.int64)})
+    released = gaussian_counts(parts, 0.7, shares={"a": 1}, relation=ADD, charge=charge(), source=SecureSource())
+    noise = (released["a"].value["a"] - 9).double()
+    for number in range(-2, 3):
+        ends = torch.tensor([number - 0.5, number + 0.5], dtype=torch.float64) / 0.7
+        expected = float(torch.special.ndtr(ends).diff())
+        assert abs(float((noise == number).double().mean()) - expected) < 5.5 * math.sqrt(expected / SIZE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(min_value=0, max_value=2**49), min_size=1, max_size=20), st.floats(0.1, 1e9))
+def test_the_same_noise_on_two_counts_differs_by_exactly_the_counts(counts: list[int], multiplier: float) -> None:
+    table = torch.tensor(counts)
+    noisy = [
+        gaussian_counts(
+            counted({"a": one}), multiplier, shares={"a": 1}, relation=ADD, charge=charge(), source=SeededSource(4)
+        )["a"].value["a"]
+        for one in (table, torch.zeros_like(table))
+    ]
+    # Where the noise is half a whole number up to the last bit, it may round to the other side.
+    assert int((noisy[0] - noisy[1] - table).abs().max()) <= 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [torch.zeros(3), torch.tensor([1, -1]), torch.tensor([0, 2**51])],
+    ids=["not whole", "negative", "too large"],
+)
+def test_a_broken_count_is_refused_before_the_charge_is_touched(broken: Tensor) -> None:
+    paid, source = charge(), Watched()
+    parts = counted({"fine": torch.zeros(3, dtype=torch.int64), "bad": broken})
+    with pytest.raises(SelfCheckError, match="bad"):
+        gaussian_counts(parts, 1.0, shares={"fine": 1, "bad": 1}, relation=ADD, charge=paid, source=source)  # type: ignore[arg-type]
+    assert (paid.position, source.asked) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "shares", "words"),
+    [
+        (1e15, {"a": 1.0}, "too large for counts"),
+        (math.nan, {"a": 1.0}, "noise_multiplier"),
+        (0.0, {"a": 1.0}, "noise_multiplier"),
+        (1.0, {"a": 0.0}, 'share of "a"'),
+        (1.0, {"a": math.nan}, 'share of "a"'),
+        (1.0, {"b": 1.0}, "give each part one share"),
+        (1.0, {}, "give each part one share"),
+    ],
+)
+def test_counts_without_proper_noise_are_refused_before_the_charge(
+    multiplier: float, shares: dict[str, float], words: str
+) -> None:
+    paid = charge()
+    with pytest.raises(InputError, match=words):
+        gaussian_counts(
+            counted({"a": torch.zeros(3, dtype=torch.int64)}), multiplier, shares=shares, relation=ADD, charge=paid,
+            source=SeededSource(0),
+        )  # fmt: skip
+    assert paid.position == 0
+
+
+def test_counts_take_one_draw_and_none_without_a_charge() -> None:
+    paid, source = charge(1), Watched()
+    parts = counted({"a": torch.zeros(3, dtype=torch.int64), "b": torch.zeros(2, 2, dtype=torch.int64)})
+    both = {"a": 1.0, "b": 1.0}
+    gaussian_counts(parts, 1.0, shares=both, relation=ADD, charge=paid, source=source)  # type: ignore[arg-type]
+    assert (paid.position, source.asked) == (1, 7)
+    with pytest.raises(BudgetExhaustedError):
+        gaussian_counts(parts, 1.0, shares=both, relation=ADD, charge=paid, source=source)  # type: ignore[arg-type]
+    assert source.asked == 7

@@ -1,4 +1,4 @@
-"""What the entries of a ledger are and add up to: exact sums for each data set, draws for each run, one chain."""
+"""What the entries of a ledger are and add up to: an account for each data set, draws for each run, one chain."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import dataclasses
 import getpass
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fractions import Fraction
 from typing import NoReturn, final
 
 from sfumato import _checks
-from sfumato.errors import BudgetExhaustedError, InputError, LedgerError
+from sfumato.errors import InputError, LedgerError
+from sfumato.privacy.accounts import Account, Composition, Run
+from sfumato.privacy.accounts import Cost as Cost  # noqa: PLC0414  (callers know it from here)
 from sfumato.privacy.budget import Budget, Relation, Unit
 
 GENESIS = "0" * 64  # stands for the digest of the entry before the first
@@ -22,39 +22,12 @@ RESTORE = "Fix: find out by whom, and restore the file from a backup whose diges
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one charge costs: (epsilon, delta)-differential privacy for one unit.
-
-    Args:
-        epsilon: Finite, at least 0.
-        delta: In [0, 1).
-        unit: `"record"` or `"client"`.
-        relation: `"add-or-remove-one"` or `"replace-one"`.
-
-    Raises:
-        InputError: a number is out of range or NaN, or a word is unknown.
-    """
-
-    epsilon: float
-    delta: float
-    unit: Unit
-    relation: Relation
-
-    def __post_init__(self) -> None:
-        words = Budget(math.inf, unit=self.unit, relation=self.relation)
-        object.__setattr__(self, "unit", words.unit)
-        object.__setattr__(self, "relation", words.relation)
-        # SQLite stores -0.0 as 0, which would no longer match its digest: adding 0.0 drops the sign.
-        object.__setattr__(self, "epsilon", _checks.non_negative("epsilon", self.epsilon) + 0.0)
-        object.__setattr__(self, "delta", _checks.fraction("delta", self.delta, allow_zero=True) + 0.0)
-
-
-@dataclass(frozen=True)
 class Entry:
     """One line of the ledger; `digest` covers every other field, and so, by `previous`, all lines before.
 
-    `kind` is "grant" (epsilon and delta are the cap), "charge" (they are the cost; the run starts here),
-    "lease" or "pause" (they are 0). `upto` counts the draws of the run that are handed out after this line.
+    `kind` is "grant" (epsilon and delta are the cap: of the data set, or of `user`), "charge" (they are the cost; the
+    run starts here), "lease", "pause" or "settle" (they are 0). `upto` counts the draws of the run that are handed out
+    after this line. Under Renyi composition `rdp` is what a charge costs, or after a settle did cost, at `renyi_order`.
     """
 
     seq: int
@@ -74,55 +47,10 @@ class Entry:
     note: str
     previous: str
     digest: str
-
-
-@dataclass
-class Account:
-    """The cap of one data set and the exact sums of what was charged to it."""
-
-    cap: Budget
-    epsilon: Fraction = Fraction(0)
-    delta: Fraction = Fraction(0)
-
-    def left(self) -> tuple[float, float]:
-        """Return the epsilon and delta that are left, each 0 or more, rounded down."""
-        epsilon = _rounded_down(max(_exact(self.cap.epsilon) - self.epsilon, Fraction(0)))
-        return epsilon, _rounded_down(max(_exact(self.cap.delta) - self.delta, Fraction(0)))
-
-    def spent(self) -> tuple[float, float]:
-        """Return the epsilon and delta that are spent, rounded up."""
-        return _rounded_up(self.epsilon), _rounded_up(self.delta)
-
-    def add(self, cost: Cost) -> None:
-        """Add what was charged."""
-        self.epsilon += _exact(cost.epsilon)
-        self.delta += _exact(cost.delta)
-
-    def check(self, dataset: str, cost: Cost) -> None:
-        """Refuse a cost that would pass the cap.
-
-        Raises:
-            BudgetExhaustedError: in epsilon or in delta.
-        """
-        fits_epsilon = self.epsilon + _exact(cost.epsilon) <= _exact(self.cap.epsilon)
-        fits_delta = self.delta + _exact(cost.delta) <= _exact(self.cap.delta)
-        if not (fits_epsilon and fits_delta):
-            epsilon, delta = self.left()
-            raise BudgetExhaustedError(
-                f'Data set "{dataset}": the charge asks for epsilon {cost.epsilon} and delta {cost.delta}, '
-                f"but only epsilon {epsilon} and delta {delta} are left of its cap (epsilon "
-                f"{self.cap.epsilon}, delta {self.cap.delta}). Fix: ask for less epsilon or delta, or grant "
-                "more with `sfumato ledger grant`."
-            )
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is paid for under the name of one run."""
-
-    dataset: str
-    cost: Cost
-    draws: int
+    composition: str = Composition.BASIC.value
+    renyi_order: int = 0
+    rdp: float = 0.0
+    user: str = ""
 
 
 @final
@@ -225,6 +153,10 @@ class Books:
         upto: int = 0,
         by: str | None = None,
         note: str = "",
+        composition: Composition = Composition.BASIC,
+        order: int = 0,
+        rdp: float = 0.0,
+        user: str = "",
     ) -> Entry:
         """Return the entry that would come next in the chain."""
         entry = Entry(
@@ -241,33 +173,61 @@ class Books:
             event=event,
             draws=draws,
             upto=upto,
-            by=_who() if by is None else one_line("by", by),
+            by=who(by),
             note=note if note == "" else one_line("note", note),
             previous=self.digest,
             digest="",
+            composition=str(composition),
+            renyi_order=order,
+            rdp=rdp,
+            user=user,
         )
         return dataclasses.replace(entry, digest=_digest(entry))
 
-    def next_handing(self, kind: str, run: str, upto: int) -> Entry:
+    def next_handing(self, kind: str, run: str, upto: int, *, event: str = "", rdp: float = 0.0) -> Entry:
         """Return the next entry if it says that `upto` draws of `run` are handed out."""
         paid = self.runs[run]
+        account = self.accounts[paid.dataset]
         free = dataclasses.replace(paid.cost, epsilon=0.0, delta=0.0)
-        return self.next_entry(kind=kind, dataset=paid.dataset, run=run, cost=free, draws=paid.draws, upto=upto)
+        return self.next_entry(
+            kind=kind, dataset=paid.dataset, run=run, cost=free, event=event, draws=paid.draws, upto=upto,
+            composition=account.composition, order=account.order, rdp=rdp,
+        )  # fmt: skip
 
     def _apply(self, entry: Entry) -> None:
         cost = Cost(entry.epsilon, entry.delta, Unit(entry.unit), Relation(entry.relation))
+        rdp = _checks.non_negative("rdp", entry.rdp)
+        account = self.accounts.get(entry.dataset)
+        if account and (entry.composition, entry.renyi_order) != (account.composition, account.order):
+            raise ValueError(entry.composition)
         match entry.kind:
             case "grant":
-                cap = Budget(cost.epsilon, cost.delta, cost.unit, cost.relation)
-                self.accounts.setdefault(entry.dataset, Account(cap)).cap = cap
-            case "charge":
-                self.accounts[entry.dataset].add(cost)
-                self.runs[entry.run] = Run(entry.dataset, cost, entry.draws)
+                self._grant(entry, Budget(cost.epsilon, cost.delta, cost.unit, cost.relation))
+            case "charge" if account:
+                paid = Run(
+                    entry.dataset, cost, entry.draws, entry.purpose, entry.by, entry.event,
+                    rdp=rdp if account.is_renyi else None,
+                )  # fmt: skip
+                account.add(paid)
+                self.runs[entry.run] = paid
                 self.upto[entry.run] = entry.upto
-            case "lease" | "pause" if entry.run in self.runs:
+            case "lease" | "pause" if not self.runs[entry.run].settled:
+                self.upto[entry.run] = entry.upto
+            case "settle" if account and account.is_renyi and not self.runs[entry.run].settled:
+                account.settle(self.runs[entry.run], rdp)
+                self.runs[entry.run] = dataclasses.replace(self.runs[entry.run], rdp=rdp, settled=True)
                 self.upto[entry.run] = entry.upto
             case _:
                 raise ValueError(entry.kind)
+
+    def _grant(self, entry: Entry, cap: Budget) -> None:
+        if entry.user:
+            self.accounts[entry.dataset].caps[entry.user] = cap
+        elif entry.dataset in self.accounts:
+            self.accounts[entry.dataset].cap = cap
+        else:
+            composition = Composition(entry.composition)
+            self.accounts[entry.dataset] = Account(entry.dataset, cap, composition, entry.renyi_order)
 
     def _refuse(self, what: str) -> NoReturn:
         raise LedgerError(f"{self._where} was changed by somebody else: {what}. {RESTORE}")
@@ -311,29 +271,30 @@ def json_text(name: str, value: str) -> str:
     return value
 
 
-def _digest(entry: Entry) -> str:
-    fields = {name: value for name, value in vars(entry).items() if name != "digest"}
-    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=repr)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def who(by: str | None) -> str:
+    """Return a name that was given, or the user of this process.
 
-
-def _exact(value: float) -> Fraction:
-    # A Fraction of the printed decimal: 0.1 three times is 0.3, and no digit is ever rounded away.
-    return Fraction(repr(value))
-
-
-def _rounded_up(exact: Fraction) -> float:
-    value = float(exact)
-    return value if _exact(value) >= exact else math.nextafter(value, math.inf)
-
-
-def _rounded_down(exact: Fraction) -> float:
-    value = float(exact)
-    return value if _exact(value) <= exact else math.nextafter(value, 0.0)
-
-
-def _who() -> str:
+    Raises:
+        InputError: the name is not one line of text.
+    """
+    if by is not None:
+        return one_line("by", by)
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return "unknown user"
+
+
+# A field that came with a later format is left out where it says nothing, so that every digest that anybody kept of an
+# older ledger stays good. Two entries still never share their text: what is left out is what would have stood there.
+_LATER = {field.name: field.default for field in dataclasses.fields(Entry) if field.default is not dataclasses.MISSING}
+
+
+def _digest(entry: Entry) -> str:
+    fields = {
+        name: value
+        for name, value in vars(entry).items()
+        if name != "digest" and not (name in _LATER and value == _LATER[name])
+    }
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=repr)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import dp_accounting
-from dp_accounting import pld, rdp
+from dp_accounting import rdp
 
 from sfumato.errors import PlanError
-from sfumato.privacy import accounting, events
+from sfumato.privacy import accounting, composition, events
 from sfumato.privacy.budget import Budget
 
-_RELATIVE_TOLERANCE = 1e-5
 _LARGEST = 1e6
-_EPSILONS = (1e-2, 100.0)
 _SMALLEST = 1e-3
-_SEARCH_INTERVALS = (1e-3, 1e-4)
-_CLOSE = 0.999
+_EPSILONS = (1e-2, 100.0)
+_SMALLEST_EPSILON = 1e-9
+_SEARCH_INTERVAL = 1e-3
+_COARSE, _CLOSE = 0.99, 0.9998  # how much of the budget is used up
+_RENYI = 1.2
+_WIDTH = 0.06  # of the groups of nearly equal steps in a coarse look
+_SLOPE = -1.3  # of log epsilon over log noise, until two points tell
+_FLATTEST, _FAR, _SAME, _TRIES = 0.05, 0.7, 1e-7, 40
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Calibration:
 def calibrate(event_of: Callable[[float], events.Event], budget: Budget) -> Calibration:
     """Return the noise multiplier for which `event_of(noise_multiplier)` just fits `budget`.
 
-    The Renyi answer comes first, because it is quick and errs on the private side: it closes the bracket from
-    above. The PLD search then works inside the bracket and returns the private end of it.
+    The Renyi answer comes first, because it is quick and errs on the private side. From there the PLD bound is followed down,
+    on a coarse grid and then with the very figure that will be claimed, and the private end of the last bracket is returned.
 
     Args:
         event_of: Maps a noise multiplier (noise std over sensitivity, > 0) to the event of the whole run.
@@ -49,52 +53,73 @@ def calibrate(event_of: Callable[[float], events.Event], budget: Budget) -> Cali
             "nothing; above, nobody is protected. Choose one inside, or an infinite epsilon for plain training."
         )
 
-    upper = _renyi_answer(event_of, budget)
-    best = Calibration(upper, accounting.spending(event_of(upper), budget.delta, budget.relation))
-    for interval in _SEARCH_INTERVALS:
-        # A coarse grid errs on the private side; the next one is tried only if too much of the budget is left.
-        found = _search(event_of, budget, upper, interval)
-        spending = accounting.spending(event_of(found), budget.delta, budget.relation)
-        if spending.epsilon <= budget.epsilon:
-            best = min(best, Calibration(found, spending), key=lambda one: one.noise_multiplier)
-        if _CLOSE * budget.epsilon <= best.spending.epsilon <= budget.epsilon:
+    def claim(noise_multiplier: float) -> float:
+        return accounting.spending(event_of(noise_multiplier), budget.delta, budget.relation).epsilon
+
+    def coarse(noise_multiplier: float) -> float:
+        event = composition.grouped(event_of(noise_multiplier), _WIDTH)
+        return accounting.pld_epsilon(event, budget.delta, _SEARCH_INTERVAL)
+
+    # A coarse look errs on the private side, so what it finds is a good place to start from.
+    private = _renyi_answer(event_of, budget)
+    start, slope = _meet(coarse, budget, private, _COARSE, _SLOPE)
+    found, _ = _meet(claim, budget, start, _CLOSE, slope)
+    return Calibration(found, accounting.spending(event_of(found), budget.delta, budget.relation))
+
+
+def _meet(
+    epsilon_of: Callable[[float], float], budget: Budget, start: float, close: float, slope: float
+) -> tuple[float, float]:  # fmt: skip
+    """Return a noise multiplier whose epsilon is within the budget, and above `close` times it where that can be had.
+
+    And the slope of log epsilon over log noise there, of which the argument is a guess.
+
+    Secants in the logarithms of both, inside a bracket whose upper end always keeps the budget.
+    """
+    aim = math.log(budget.epsilon) + math.log(close) / 2
+    lower: tuple[float, float] | None = None  # too little noise
+    upper: tuple[float, float] | None = None  # enough
+    last: tuple[float, float] | None = None
+    noise = start
+    for _ in range(_TRIES):
+        epsilon = epsilon_of(noise)
+        point = (math.log(noise), math.log(max(epsilon, _SMALLEST_EPSILON)))
+        if last and abs(point[0] - last[0]) > _SAME:
+            slope = min(-_FLATTEST, (point[1] - last[1]) / (point[0] - last[0]))
+        last = point
+        if epsilon <= budget.epsilon:
+            upper = point if upper is None else min(upper, point)
+            if epsilon >= close * budget.epsilon:
+                return noise, slope
+        else:
+            lower = point if lower is None else max(lower, point)
+        if lower and upper and upper[0] - lower[0] < _SAME:
             break
-    if best.spending.epsilon > budget.epsilon:
-        raise PlanError(f"No noise multiplier up to {_LARGEST:g} keeps {budget}; use fewer steps or a larger budget.")
-    return best
-
-
-def _search(event_of: Callable[[float], events.Event], budget: Budget, upper: float, interval: float) -> float:
-    """Return the least noise multiplier that keeps the budget by a PLD on a grid of this spacing."""
-
-    def accountant() -> pld.PLDAccountant:
-        return pld.PLDAccountant(value_discretization_interval=interval)
-
-    def keeps(noise_multiplier: float) -> bool:
-        return accounting.epsilon_of(accountant(), event_of(noise_multiplier), budget.delta) <= budget.epsilon
-
-    if not keeps(upper):
-        return upper
-    lower = upper * 0.8
-    while keeps(lower):
-        if lower < _SMALLEST:
+        place = point[0] + max(-_FAR, min(_FAR, (aim - point[1]) / slope))
+        if lower and upper and not lower[0] < place < upper[0]:
+            place = (lower[0] + upper[0]) / 2
+        noise = math.exp(place)
+        if noise < _SMALLEST:
             raise PlanError(
                 f"A noise multiplier below {_SMALLEST:g} would keep {budget}: such a budget protects nobody; "
                 "choose a smaller epsilon."
             )
-        upper, lower = lower, lower / 2
-    bracket = dp_accounting.ExplicitBracketInterval(lower, upper)
-    tolerance = _RELATIVE_TOLERANCE * upper
-    return float(
-        dp_accounting.calibrate_dp_mechanism(accountant, event_of, budget.epsilon, budget.delta, bracket, tol=tolerance)
-    )
+        if noise > _LARGEST:
+            break
+    if upper is None:
+        raise PlanError(f"No noise multiplier up to {_LARGEST:g} keeps {budget}; use fewer steps or a larger budget.")
+    return math.exp(upper[0]), slope
 
 
 def _renyi_answer(event_of: Callable[[float], events.Event], budget: Budget) -> float:
-    """Return a noise multiplier whose Renyi epsilon is at most the budget's, within 2 % of the least such."""
+    """Return a noise multiplier whose Renyi epsilon is at most the budget's, within 20 % of the least such."""
     lower, upper = _SMALLEST, _LARGEST
-    while upper / lower > 1.02:
-        middle = (lower * upper) ** 0.5
-        epsilon = accounting.epsilon_of(rdp.RdpAccountant(), event_of(middle), budget.delta)
-        lower, upper = (lower, middle) if epsilon <= budget.epsilon else (middle, upper)
+    noise = 1.0
+    while upper / lower > _RENYI:
+        event = events.for_renyi(composition.grouped(event_of(noise)))
+        epsilon = accounting.epsilon_of(rdp.RdpAccountant(accounting.QUICK_ORDERS), event, budget.delta)
+        lower, upper = (lower, noise) if epsilon <= budget.epsilon else (noise, upper)
+        # By factors of 4 until there is a bracket of them, then by halves of it.
+        noise = lower * 4 if upper == _LARGEST else upper / 4 if lower == _SMALLEST else math.sqrt(lower * upper)
+        noise = min(_LARGEST, max(_SMALLEST, noise))
     return upper

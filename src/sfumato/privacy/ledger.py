@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import threading
+import json
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Self, final
+from typing import Self, final
 
 from sfumato import _checks
-from sfumato.errors import BudgetExhaustedError, InputError, LedgerError
-from sfumato.privacy.books import GENESIS, Books, Cost, Entry, Run, json_text, one_line, same_promise
-from sfumato.privacy.budget import Budget
+from sfumato.errors import InputError, LedgerError
+from sfumato.privacy import renyi
+from sfumato.privacy.accounts import Account, Composition, Cost, Run, Spent
+from sfumato.privacy.accounts import Balance as Balance  # noqa: PLC0414  (callers know it from here)
+from sfumato.privacy.books import GENESIS, Books, Entry, json_text, one_line, same_promise, who
+from sfumato.privacy.budget import Budget, Relation
+from sfumato.privacy.charge import ISSUED
+from sfumato.privacy.charge import Charge as Charge  # noqa: PLC0414  (callers know it from here)
 from sfumato.privacy.store import Store, entries, has_digest
-
-_ISSUED = object()
-
-
-@dataclass(frozen=True)
-class Balance:
-    """What is spent and left of a cap. Spent is rounded up and remaining down, if no float is exact."""
-
-    dataset: str
-    cap: Budget
-    spent_epsilon: float
-    spent_delta: float
-    remaining_epsilon: float
-    remaining_delta: float
 
 
 @final
@@ -39,12 +28,16 @@ class Ledger:
         timeout: Seconds to wait for another process that is writing.
 
     Guarantee:
-        The charges of a data set never add up to more than its cap, in epsilon or in delta, whichever processes
-        race for the last of it. Sums are exact, over the decimals that `repr` prints. Epsilons and deltas are
-        added (basic composition), which holds also when later runs were chosen after seeing earlier results
-        (Rogers, Roth, Ullman and Vadhan 2016, "Privacy odometers and filters"). A charge or a lease is on disk
-        before its first noise draw is allowed: a crash in between loses budget, never privacy.
-        Every entry carries a digest of itself and of the one before, so an edited, a deleted or a cut-off
+        The charges of a data set never pass its cap, whichever processes race for the last of it. Sums are exact, over
+        the decimals that `repr` prints. How they add up is fixed by the first grant; both ways hold also when later
+        runs were chosen after seeing earlier results:
+
+        - "basic": epsilons and deltas are added (Rogers, Roth, Ullman and Vadhan 2016, "Privacy odometers and filters");
+        - "renyi": divergences at one order, fixed by the first grant, are added (a Renyi filter: Feldman and Zrnic 2021,
+          Theorem 4.3, with its conditions in `privacy.renyi`). Many runs then cost far less together.
+
+        A charge or a lease is on disk before its first noise draw is allowed: a crash in between loses budget, never
+        privacy. Every entry carries a digest of itself and of the one before, so an edited, a deleted or a cut-off
         entry is found before the next charge, balance or lease.
 
     Edge cases:
@@ -54,6 +47,9 @@ class Ledger:
         | a crash between lease and noise | the leased draws count as taken |
         | a fork | a file ledger works on in the child; an in-memory ledger and a `Charge` refuse |
         | a later grant below what is spent | nothing is left; nothing is undone |
+        | a later grant above the first | a new, larger promise, at the same Renyi order |
+        | a later grant with another composition or order | refused |
+        | a file of an older sfumato | upgraded when it is opened; all digests stay as they were |
 
     Raises:
         LedgerError: the file is missing, locked, read-only, damaged, changed, or no ledger.
@@ -98,22 +94,57 @@ class Ledger:
         with self._store.transaction():
             return self._store.books.digest
 
-    def grant(self, dataset: str, cap: Budget, *, by: str | None = None, note: str = "") -> None:
-        """Set the cap on everything that is ever spent on `dataset`; the latest grant counts.
+    def grant(
+        self,
+        dataset: str,
+        cap: Budget,
+        *,
+        composition: Composition | str | None = None,
+        order: int | None = None,
+        user: str | None = None,
+        by: str | None = None,
+        note: str = "",
+    ) -> None:
+        """Set the cap on everything that is ever spent on `dataset`, or on a user's share of it; the latest counts.
+
+        A user's cap limits the charges made `by` that name, also those before the grant, in the composition of the data
+        set, whose own cap holds as well. It shares out a budget; it is no promise about what that person learns, who
+        may hear of other people's results. Names are taken at their word.
+
+        Args:
+            dataset: The data set.
+            cap: The promise, with a finite epsilon.
+            composition: `"basic"` or `"renyi"`; None means basic for a first grant, and unchanged for a later one.
+            order: The Renyi order; None means `renyi.order_for` the cap, and unchanged for a later grant.
+            user: Whose charges are capped; None means all.
+            by: Who grants; None means the user of this process.
+            note: Anything else, one line.
 
         Raises:
-            InputError: the cap promises nothing (epsilon is infinite), or a text is empty or not one line.
-            LedgerError: an earlier grant has another unit or relation, or the ledger cannot be used.
+            InputError: the cap promises nothing (epsilon is infinite) or too little for the Renyi order, the composition
+                is unknown, an order is given for basic composition, or a text is empty or not one line.
+            LedgerError: an earlier grant has another unit, relation, composition or order, a user is named before the
+                data set has a cap, or the ledger cannot be used.
         """
         one_line("dataset", dataset)
+        if user is not None:
+            one_line("user", user)
+        asked = None if composition is None else _composition(composition)
         if not cap.is_private:
             raise InputError(f'A cap for data set "{dataset}" needs a finite epsilon; choose one, for example 1.')
         with self._store.transaction(write=True) as (_, pending):
-            account = self._store.books.accounts.get(dataset)
+            books = self._store.books
+            account = books.account(dataset) if user is not None else books.accounts.get(dataset)
             if account is not None:
                 same_promise(dataset, "grant", cap, account.cap)
+            how, at = _rule(dataset, cap, asked, order, account)
             whole = Cost(cap.epsilon, cap.delta, cap.unit, cap.relation)
-            pending.append(self._store.books.next_entry(kind="grant", dataset=dataset, cost=whole, by=by, note=note))
+            pending.append(
+                books.next_entry(
+                    kind="grant", dataset=dataset, cost=whole, by=by, note=note, composition=how, order=at,
+                    user=user or "",
+                )
+            )  # fmt: skip
 
     def has_grant(self, dataset: str) -> bool:
         """Whether `dataset` has a cap, so that it can be charged."""
@@ -139,10 +170,13 @@ class Ledger:
     ) -> Charge:
         """Pay for a run of `draws` noise draws, and write it down; a refused charge writes nothing.
 
+        Under Renyi composition the divergence of `event` is what is paid (`renyi.cost`, worked out here), and `cost`
+        is only written down, as what the run would cost by itself.
+
         Args:
             dataset: Whose cap is charged.
             purpose: What the run is for, one line, for whoever reads the report.
-            event: What will be done, as JSON.
+            event: What will be done, as JSON; under Renyi composition an event as `events.to_json` writes it.
             cost: What all `draws` draws cost together.
             draws: At least 1.
             lease: How many draws are handed out at a time: a crash loses at most as many. None means all.
@@ -150,7 +184,8 @@ class Ledger:
             note: Anything else, one line.
 
         Raises:
-            BudgetExhaustedError: epsilon or delta would pass the cap.
+            BudgetExhaustedError: the cap of the data set, or that of the user who charges, would be passed.
+            AccountingError: under Renyi composition, no bound is known for the event at the order of the data set.
             LedgerError: no grant, another unit or relation than granted, or the ledger cannot be used.
             InputError: an argument is out of range.
         """
@@ -158,19 +193,21 @@ class Ledger:
         json_text("event", event)
         _checks.count("draws", draws)
         size = draws if lease is None else _checks.count("lease", lease)
+        name, rdp = who(by), self._divergence(dataset, event)
         with self._store.transaction(write=True) as (_, pending):
             account = self._store.books.account(dataset)
             same_promise(dataset, "charge", cost, account.cap)
-            account.check(dataset, cost)
+            account.check(cost, rdp, name)
             run = uuid.uuid4().hex
             pending.append(
                 self._store.books.next_entry(
                     kind="charge", dataset=dataset, run=run, cost=cost, purpose=purpose, event=event, draws=draws,
-                    upto=min(size, draws), by=by, note=note,
+                    upto=min(size, draws), by=name, note=note, composition=account.composition, order=account.order,
+                    rdp=rdp or 0.0,
                 )
             )  # fmt: skip
-        paid = Run(dataset, cost, draws)
-        return Charge(_ISSUED, self, run, paid, position=0, limit=min(size, draws), lease=size)
+        paid = Run(dataset, cost, draws, purpose, name, event, rdp)
+        return Charge(ISSUED, self, run, paid, position=0, limit=min(size, draws), lease=size)
 
     def resume(self, run: str, *, lease: int | None = None) -> Charge:
         """Go on with a run that is paid for, after the last draw that was ever handed out.
@@ -182,22 +219,39 @@ class Ledger:
             lease: How many draws are handed out at a time. None means all that are left.
 
         Raises:
-            LedgerError: the run is unknown, or the ledger cannot be used.
+            LedgerError: the run is unknown or settled, or the ledger cannot be used.
             InputError: `lease` is below 1.
         """
         size = None if lease is None else _checks.count("lease", lease)
         paid, start, limit = self._hand_out(run, size)
-        return Charge(_ISSUED, self, run, paid, position=start, limit=limit, lease=size or paid.draws)
+        return Charge(ISSUED, self, run, paid, position=start, limit=limit, lease=size or paid.draws)
 
-    def balance(self, dataset: str) -> Balance:
-        """Return what is spent and left of the cap of `dataset`.
+    def balance(self, dataset: str, user: str | None = None) -> Balance:
+        """Return what is spent and left of the cap of `dataset`, or of a user's cap on it.
 
         Raises:
             LedgerError: no grant, or the ledger cannot be used.
         """
         with self._store.transaction():
-            account = self._store.books.account(dataset)
-            return Balance(dataset, account.cap, *account.spent(), *account.left())
+            return self._store.books.account(dataset).balance(user)
+
+    def users(self, dataset: str) -> list[str]:
+        """Return the names of all users who have a cap of their own on `dataset`, sorted.
+
+        Raises:
+            LedgerError: no grant, or the ledger cannot be used.
+        """
+        with self._store.transaction():
+            return sorted(self._store.books.account(dataset).caps)
+
+    def by_purpose(self, dataset: str) -> list[Spent]:
+        """Return what was spent on `dataset` for each purpose, most first.
+
+        Raises:
+            LedgerError: no grant, or the ledger cannot be used.
+        """
+        with self._store.transaction():
+            return self._store.books.account(dataset).by_purpose()
 
     def history(self, dataset: str | None = None) -> list[Entry]:
         """Return every entry, or those of one data set, oldest first.
@@ -254,6 +308,8 @@ class Ledger:
         """Commit the next lease of `run`; return the run and the lease's first draw and end."""
         with self._store.transaction(write=True) as (_, pending):
             paid = self._store.books.run(run)
+            if paid.settled:
+                raise LedgerError(f"Run {run} was settled: it ended early and has no draws left. Fix: charge anew.")
             start = self._store.books.upto[run]
             limit = paid.draws if lease is None else min(start + lease, paid.draws)
             if start < limit:
@@ -263,104 +319,95 @@ class Ledger:
     def _give_back(self, run: str, position: int, limit: int) -> None:
         """Write that the draws from `position` on were not taken, if nobody was handed later ones."""
         with self._store.transaction(write=True) as (_, pending):
-            self._store.books.run(run)
-            if position < limit == self._store.books.upto[run]:
+            paid = self._store.books.run(run)
+            if position < limit == self._store.books.upto[run] and not paid.settled:
                 pending.append(self._store.books.next_handing("pause", run, position))
 
+    def _divergence(self, dataset: str, event: str) -> float | None:
+        """Return what `event` costs in the composition of `dataset`, None for the basic one."""
+        with self._store.transaction():
+            account = self._store.books.account(dataset)
+        # The order never changes, so this may take its time without holding up other processes.
+        return _cost_of(event, account.order, account.cap.relation) if account.is_renyi else None
 
-@final
-class Charge:
-    """A receipt for noise draws that the ledger has already written down. Only a `Ledger` makes one.
-
-    It belongs to the process that got it: a copy, in a forked child or from a pickle, would be a second
-    permission for the same draws, so both are refused. Threads may share it.
-    """
-
-    def __init__(
-        self, issued: object, ledger: Ledger, run: str, paid: Run, *, position: int, limit: int, lease: int
-    ) -> None:
-        if issued is not _ISSUED:
-            raise TypeError("A Charge is only made by Ledger.charge or Ledger.resume.")
-        self._ledger = ledger
-        self._run = run
-        self._paid = paid
-        self._position = position
-        self._limit = limit
-        self._lease = lease
-        self._paused = False
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-
-    @property
-    def run(self) -> str:
-        """The name of the run, 32 hexadecimal digits: `Ledger.resume` takes it."""
-        return self._run
-
-    @property
-    def dataset(self) -> str:
-        """The data set that was charged."""
-        return self._paid.dataset
-
-    @property
-    def cost(self) -> Cost:
-        """What all draws of the run cost together."""
-        return self._paid.cost
-
-    @property
-    def draws(self) -> int:
-        """How many draws the run has paid for."""
-        return self._paid.draws
-
-    @property
-    def position(self) -> int:
-        """The index of the next draw; it jumps where another process was handed draws of the same run."""
-        return self._position
-
-    def take(self) -> int:
-        """Return the index of one noise draw that is now allowed. Call it before the noise is drawn.
-
-        Raises:
-            BudgetExhaustedError: every draw that was paid for is taken.
-            LedgerError: the charge is paused or in a forked child, or the next lease cannot be written.
-        """
-        self._refuse_copy()
-        with self._lock:
-            if self._paused:
-                raise LedgerError(f"Run {self._run} is paused. Fix: go on with `Ledger.resume`.")
-            if self._position == self._limit < self._paid.draws:
-                _, self._position, self._limit = self._ledger._hand_out(self._run, self._lease)
-            if self._position == self._limit:
-                raise BudgetExhaustedError(
-                    f"Run {self._run} has used all {self._paid.draws} draws it paid for. Fix: charge anew."
-                )
-            index = self._position
-            self._position += 1
-            return index
-
-    def pause(self) -> None:
-        """Stop cleanly: give back the draws that were handed out and not taken. Twice is as good as once.
-
-        Raises:
-            LedgerError: the charge is in a forked child, or the ledger cannot be written (draws are lost).
-        """
-        self._refuse_copy()
-        with self._lock:
-            if self._paused:
-                return
-            # First: a write that fails may have reached the disk, and then the draws are no longer ours.
-            self._paused = True
-            self._ledger._give_back(self._run, self._position, self._limit)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("A Charge cannot be copied or pickled: two owners would draw on one permission.")
-
-    def __getstate__(self) -> NoReturn:
-        self.__reduce__()
-
-    def _refuse_copy(self) -> None:
-        # Before the lock, which may have been held at the fork and would then never be free again.
-        if os.getpid() != self._pid:
+    def _price(self, paid: Run, event: str, taken: int) -> float:
+        """Return what a run costs that ends after `taken` draws as `event`; refuse what cannot be."""
+        json_text("event", event)
+        with self._store.transaction():
+            account = self._store.books.account(paid.dataset)
+        if paid.rdp is None:
             raise LedgerError(
-                f"Run {self._run} belongs to the process that charged it, not to a forked child. "
-                "Fix: call `Ledger.resume` here."
+                f'Data set "{paid.dataset}" adds up epsilons and deltas (basic composition). There a run that stopped '
+                "after looking at its own results cannot be refunded soundly, because its epsilon was worked out for the "
+                'whole run. Fix: let it stand, or grant a data set with composition "renyi" from the start.'
             )
+        rdp = _cost_of(event, account.order, account.cap.relation)
+        if rdp > paid.rdp:
+            raise InputError(
+                f"The event costs a Renyi divergence of {rdp}, more than the {paid.rdp} that the run was charged. "
+                "Fix: describe what the run did within its charge."
+            )
+        least = _cost_of(_of_draws(paid, taken), account.order, account.cap.relation)
+        if rdp < least or (taken and not rdp):
+            raise InputError(
+                f"The event costs a Renyi divergence of {rdp}, less than the {taken} draws that were handed out do "
+                f"({least or 'more than 0'}). Fix: describe every draw before `position`, also those lost in a crash."
+            )
+        return rdp
+
+    def _settle(self, run: str, event: str, rdp: float, position: int, limit: int) -> None:
+        """Write that the run ended after `position` draws as `event`, if nobody was handed later ones."""
+        with self._store.transaction(write=True) as (_, pending):
+            if self._store.books.run(run).settled:
+                raise LedgerError(f"Run {run} was settled already. Fix: nothing; it is settled once.")
+            if limit != self._store.books.upto[run]:
+                raise LedgerError(
+                    f"Run {run} went on elsewhere after draw {limit}, so what it did is not known here. "
+                    "Fix: settle it where it ended, or after `Ledger.resume` with an event of all its draws."
+                )
+            pending.append(self._store.books.next_handing("settle", run, position, event=event, rdp=rdp))
+
+
+def _composition(word: Composition | str) -> Composition:
+    try:
+        return Composition(word)
+    except ValueError:
+        raise InputError(f'composition {word!r} is unknown; choose "basic" or "renyi".') from None
+
+
+def _rule(
+    dataset: str, cap: Budget, asked: Composition | None, order: int | None, account: Account | None
+) -> tuple[Composition, int]:
+    """Return how the charges of a data set add up and at which order (0 under basic composition)."""
+    if account is None:
+        how = asked or Composition.BASIC
+        if how is Composition.BASIC and order is not None:
+            raise InputError('A Renyi order only belongs to composition "renyi"; leave it out, or choose that.')
+        at = 0
+        if how is Composition.RENYI:
+            at = renyi.order_for(cap.epsilon, cap.delta) if order is None else order
+    else:
+        how, at = account.composition, account.order
+        if asked not in (None, how) or order not in (None, at):
+            told = f"{how} composition" + (f" at order {at}" if at else "")
+            raise LedgerError(
+                f'Data set "{dataset}" was granted with {told}, which never changes, so that what was charged before '
+                "still adds up. Fix: leave composition and order out; the cap may change."
+            )
+    if how is Composition.RENYI:
+        renyi.cap(at, cap.epsilon, cap.delta)  # refuses a cap that leaves no room at this order
+    return how, at
+
+
+def _cost_of(event: str, order: int, relation: Relation) -> float:
+    from sfumato.privacy import events  # noqa: PLC0415  (it loads dp-accounting, which a basic ledger never needs)
+
+    return renyi.cost(events.from_json(event), order, relation)
+
+
+def _of_draws(paid: Run, taken: int) -> str:
+    """Return the event of the first `taken` draws if the run was charged as equal draws, else that of doing nothing."""
+    tree = json.loads(paid.event)
+    if taken and tree["type"] == "SelfComposedDpEvent" and tree["count"] == paid.draws:
+        return json.dumps(tree | {"count": taken})
+    return '{"type": "NoOpDpEvent"}'

@@ -30,6 +30,8 @@ _GRID_BITS = 24
 LARGEST_MULTIPLIER = 2.0**20  # ten standard deviations then stay within 2**50 grid units, for up to 2**28 coordinates
 _BLOCK = 2 * 65_536  # as many as a random source makes at a time
 _EXACT = 2.0**50  # grid units: with the noise still inside what float64 adds on the grid, and 32 times any honest sum
+_UPWARDS = 1 + 2.0**-40  # more than float64 loses in a few products
+_LEAST_MULTIPLIER = 1e-9
 _LEAST_BOUND, _LARGEST_BOUND = 1e-100, 1e100
 
 
@@ -51,6 +53,8 @@ def noise_std(bounded: Bounded, noise_multiplier: float, relation: Relation, *, 
         raise InputError(
             f"noise_multiplier {noise_multiplier:g} is above {LARGEST_MULTIPLIER:g}; such a release says nothing."
         )
+    if not noise_multiplier >= _LEAST_MULTIPLIER:
+        raise InputError(f"noise_multiplier {noise_multiplier:g} is below {_LEAST_MULTIPLIER:g}, which hides nobody.")
     if not _LEAST_BOUND <= bounded.norm_bound <= _LARGEST_BOUND:
         raise InputError(
             f"A sum with the bound {bounded.norm_bound:g} cannot be noised exactly in float64; use a clip norm between "
@@ -106,13 +110,78 @@ def gaussian_each(
     _checks.positive("noise_multiplier", noise_multiplier)
     stds = {name: noise_std(part, noise_multiplier, relation) for name, part in parts.items()}
     for part in parts.values():
-        _refuse_nonsense(part)
+        _refuse_nonsense(part, grid_of(part.norm_bound))
     draw = charge.take()
     released = {}
     for name, part in parts.items():
         grid = grid_of(part.norm_bound)
         released[name] = Released(_noised(part.value, grid, stds[name], source), stds[name], grid, draw, RELEASE)
     return released
+
+
+def gaussian_counts(
+    parts: Mapping[str, Bounded],
+    noise_multiplier: float,
+    *,
+    shares: Mapping[str, float],
+    relation: Relation,
+    charge: Charge,
+    source: RandomSource,
+) -> dict[str, Released]:
+    """Release several sums of whole numbers over the same units, in whole numbers, for the price of one.
+
+    In every part each unit adds a vector of whole numbers, none below 0, of l2 norm at most the part's bound: a
+    histogram, or votes. Under replace-one two such vectors lie at most sqrt(2) bounds apart, not 2, because
+    |u - v|**2 <= |u|**2 + |v|**2 where no coordinate is negative. A part's noise has the std
+    noise_multiplier * sensitivity / sqrt(share), so that the squares of (sensitivity over std) add up to
+    1 / noise_multiplier**2: all parts together are one Gaussian mechanism.
+
+    **Guarantee**: the release is `GaussianDpEvent(noise_multiplier)` in the given relation. The sum is a whole number, and
+    adding the noise rounds to the nearest whole number once: post-processing of the Gaussian mechanism, so no bit
+    below 1 leaves. (It is the rounded Gaussian, not the discrete Gaussian of Canonne, Kamath and Steinke 2020.) That each
+    unit keeps to the bounds, with no coordinate below 0, is the caller's promise.
+
+    **Edge cases**
+
+    | case | what happens |
+    | --- | --- |
+    | a sum of no units | noise alone is released |
+    | a part is not int64, is negative or beyond 2**50 | refused before the charge is touched |
+    | the noise would pass 2**50 | refused before the charge is touched |
+    | the charge has no draws left | BudgetExhaustedError, no noise drawn |
+
+    Args:
+        parts: The private sums, int64; returned in int64 with a grid of 1.
+        noise_multiplier: Of the whole release, > 0.
+        shares: How much of the accuracy each part gets, > 0; they are scaled to add up to 1.
+        relation: The neighbouring relation of the promise.
+        charge: One draw is taken from it.
+        source: Where the noise comes from.
+
+    Raises:
+        InputError: the shares do not name the parts, or a number is out of range.
+        SelfCheckError: a part is not a sum of whole numbers of at least 0.
+    """
+    _checks.positive("noise_multiplier", noise_multiplier)
+    if shares.keys() != parts.keys():
+        raise InputError(f"The shares name {sorted(shares)}, the parts {sorted(parts)}; give each part one share.")
+    whole = math.fsum(_checks.positive(f'the share of "{name}"', share) for name, share in shares.items())
+    stds = {}
+    for name, part in parts.items():
+        sensitivity = min(part.sensitivity(relation), math.sqrt(2) * part.norm_bound)
+        stds[name] = _UPWARDS * noise_multiplier * sensitivity / math.sqrt(shares[name] / whole)
+        if not stds[name] <= _EXACT / 16:
+            raise InputError(
+                f"noise_multiplier {noise_multiplier:g} is too large for counts; such a release says nothing."
+            )
+        _refuse_nonsense(part, 1.0)
+        if any(t.dtype != torch.int64 or (t.numel() and int(t.min()) < 0) for t in part.value.values()):
+            raise SelfCheckError(f'The counts "{name}" are not whole numbers of at least 0; nothing was released.')
+    draw = charge.take()
+    return {
+        name: Released(_noised(part.value, 1.0, stds[name], source), stds[name], 1.0, draw, RELEASE)
+        for name, part in parts.items()
+    }
 
 
 @final
@@ -188,7 +257,7 @@ class SharedGaussian:
             raise SfumatoError(
                 f"A client's sum is bounded by {bounded.norm_bound:g}, the round by {self._norm_bound:g}; clip to the latter."
             )
-        _refuse_nonsense(bounded)
+        _refuse_nonsense(bounded, grid_of(bounded.norm_bound))
         part = self._std / math.sqrt(self._needed)
         units = _noised(bounded.value, self._grid, part, source, scaled=False)
         self._shared.add(client)
@@ -226,8 +295,7 @@ class SharedGaussian:
         )
 
 
-def _refuse_nonsense(bounded: Bounded) -> None:
-    grid = grid_of(bounded.norm_bound)
+def _refuse_nonsense(bounded: Bounded, grid: float) -> None:
     for name, tensor in bounded.value.items():
         if not tensor.numel():
             continue

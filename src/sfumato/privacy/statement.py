@@ -64,10 +64,16 @@ class PrivacyStatement:
                 f"The release is ({epsilon}, {delta})-differentially private for one {self.unit}:",
                 f"  {change} changes the probability of any outcome by at most a factor e^{epsilon},",
                 f"  except with probability {delta}. Declared budget: epsilon {self.budget.epsilon:g}.",
-                f"  Accountants: PLD {bound(self.spending.pld)} (the claim), RDP {bound(self.spending.rdp)} (second opinion).",
+                self._accountants(),
             ]
             if not self.secret_noise:
                 lines.insert(
                     0, "A rehearsal, not a private release: the noise came from a known seed. With secret noise:"
                 )
         return "\n".join([*lines, "  Not covered:", *(f"  - {sentence}" for sentence in self.not_covered)])
+
+    def _accountants(self) -> str:
+        claim = self.spending
+        if math.isinf(claim.pld):
+            return f"  Accountant: RDP {bound(claim.rdp)} (the claim, of a filter), by two implementations."
+        return f"  Accountants: PLD {bound(claim.pld)} (the claim), RDP {bound(claim.rdp)} (second opinion)."

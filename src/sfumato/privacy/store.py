@@ -18,22 +18,37 @@ from sfumato.errors import LedgerError
 from sfumato.privacy.books import GENESIS, RESTORE, Books, Entry
 
 _LOWEST = -(2**63)  # of all row numbers: the whole chain is read from here, so that no row can hide
-_VERSION = 1
+_VERSION = 2
 _APPLICATION = int.from_bytes(b"sfum")
 _FIELDS = tuple(field.name for field in dataclasses.fields(Entry))
 
-_SCHEMA = (
+_ENTRIES = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL, "
     "dataset TEXT NOT NULL, run TEXT NOT NULL, epsilon REAL NOT NULL, delta REAL NOT NULL, "
     "unit TEXT NOT NULL, relation TEXT NOT NULL, purpose TEXT NOT NULL, event TEXT NOT NULL, "
     "draws INTEGER NOT NULL, upto INTEGER NOT NULL, by TEXT NOT NULL, note TEXT NOT NULL, "
-    "previous TEXT NOT NULL, digest TEXT NOT NULL)",
+    "previous TEXT NOT NULL, digest TEXT NOT NULL)"
+)
+_SINCE_VERSION_2 = (
+    "composition TEXT NOT NULL DEFAULT 'basic'",
+    "renyi_order INTEGER NOT NULL DEFAULT 0",
+    "rdp REAL NOT NULL DEFAULT 0",
+    "user TEXT NOT NULL DEFAULT ''",
+)
+_AROUND_ENTRIES = (
     "CREATE TABLE head (only INTEGER PRIMARY KEY CHECK (only = 1), seq INTEGER NOT NULL, digest TEXT NOT NULL)",
     "CREATE TRIGGER no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     "CREATE TRIGGER no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     # INSERT OR REPLACE deletes without asking no_delete.
     "CREATE TRIGGER no_replace BEFORE INSERT ON entries WHEN NEW.seq IS NOT (SELECT seq + 1 FROM head) "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+)
+# Written as SQLite writes it when columns are added to a table: an upgraded file reads like a new one.
+_SCHEMA = (", ".join([_ENTRIES[:-1], *_SINCE_VERSION_2]) + ")", *_AROUND_ENTRIES)
+_SCHEMA_1 = (_ENTRIES, *_AROUND_ENTRIES)
+_UPGRADE = (
+    *(f"ALTER TABLE entries ADD COLUMN {column}" for column in _SINCE_VERSION_2),
+    f"PRAGMA user_version = {_VERSION}",
 )
 _MARKS = (
     f"INSERT INTO head VALUES (1, 0, '{GENESIS}')",
@@ -165,34 +180,36 @@ class Store:
         """Make sure that this is a ledger before anything of it is changed; create it if it is empty."""
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("BEGIN")
-        exists = self._is_ledger(connection)
+        version = self._version(connection)
         connection.execute("COMMIT")
-        if not exists and not create:
+        if not version and not create:
             raise LedgerError(f"{self.where} is empty. Fix: create it with `sfumato ledger grant`.")
         mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if self.path is not None and mode != "wal":
             raise LedgerError(f"{self.where} lies on a disk that cannot keep it safe. Fix: use a local disk.")
-        if not exists:
+        if version != _VERSION:
             connection.execute("BEGIN IMMEDIATE")
-            if not self._is_ledger(connection):
-                for statement in (*_SCHEMA, *_MARKS):
-                    connection.execute(statement)
+            for statement in {0: (*_SCHEMA, *_MARKS), 1: _UPGRADE}.get(self._version(connection), ()):
+                connection.execute(statement)
             connection.execute("COMMIT")
 
-    def _is_ledger(self, connection: sqlite3.Connection) -> bool:
-        """Whether the file holds a ledger (True) or nothing at all (False); anything else is refused."""
+    def _version(self, connection: sqlite3.Connection) -> int:
+        """Return the format of the ledger in the file, 0 if there is nothing at all; anything else is refused."""
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         schema = {sql for (sql,) in connection.execute(_READ_SCHEMA)}
         if (application, version, schema) == (0, 0, set()):
-            return False
+            return 0
         if application != _APPLICATION:
             raise LedgerError(f"{self.where} is an SQLite file of another program. Fix: name another file.")
-        if version != _VERSION:
-            raise LedgerError(f"{self.where} has format {version}, not {_VERSION}. Fix: use the sfumato that wrote it.")
-        if schema != set(_SCHEMA):
+        if version not in (1, _VERSION):
+            raise LedgerError(
+                f"{self.where} has format {version}, but this sfumato reads up to {_VERSION}. "
+                "Fix: use the sfumato that wrote it."
+            )
+        if schema != set(_SCHEMA_1 if version == 1 else _SCHEMA):
             raise LedgerError(f"{self.where}: its tables or triggers were changed by somebody else. {RESTORE}")
-        return True
+        return int(version)
 
     @contextmanager
     def _sentences(self) -> Iterator[None]:
@@ -235,7 +252,7 @@ def _follow(connection: sqlite3.Connection, books: Books) -> None:
 
 def _insert(connection: sqlite3.Connection, entry: Entry) -> None:
     places = ", ".join("?" * len(_FIELDS))
-    connection.execute(f"INSERT INTO entries VALUES ({places})", dataclasses.astuple(entry))
+    connection.execute(f"INSERT INTO entries ({', '.join(_FIELDS)}) VALUES ({places})", dataclasses.astuple(entry))
     connection.execute("UPDATE head SET seq = ?, digest = ?", (entry.seq, entry.digest))
 
 
