@@ -8,91 +8,172 @@ from typing import TYPE_CHECKING, Any
 from sfumato._version import __version__
 
 if TYPE_CHECKING:
+    from sfumato.data.allocated import RandomAllocation
     from sfumato.data.records import Records
     from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
     from sfumato.data.sources import load
+    from sfumato.data.truncated import TruncatedPoisson
     from sfumato.engines.simulation import Simulation
     from sfumato.errors import SfumatoError
     from sfumato.gradients.compute import Compute
     from sfumato.gradients.explain import explain
+    from sfumato.learning.adaptive_clip import AdaptiveClip
     from sfumato.learning.aggregation import LocalNoise, ServerNoise, SharedNoise
     from sfumato.learning.api import federate, rounds, steps, train
     from sfumato.learning.checkpoint import Checkpoint
+    from sfumato.learning.evaluation import Evaluation, evaluate
     from sfumato.learning.fedavg import FedAvg
     from sfumato.learning.fedsgd import FedSGD
     from sfumato.learning.plan import Plan
+    from sfumato.learning.policies import (
+        Decay,
+        Outlook,
+        PublicPolicy,
+        ReleasedPolicy,
+        Signal,
+        SignalToNoise,
+        SpendEvenly,
+        StopWhenFlat,
+    )
     from sfumato.learning.training import Step, TrainingResult
+    from sfumato.learning.trials import Trial
+    from sfumato.learning.tuning import Tuned, tune
+    from sfumato.privacy.accounts import Balance
     from sfumato.privacy.budget import Budget, Relation, Unit
     from sfumato.privacy.ledger import Ledger
+    from sfumato.privacy.meaning import Meaning, meaning
     from sfumato.privacy.randomness import SecureSource, SeededSource
+    from sfumato.privacy.risk import RiskCalibration, calibrate_to_risk
+    from sfumato.privacy.schedules import Constant, Cosine, Exponential, Linear, Listed, Schedule, Stepwise
     from sfumato.privacy.statement import PrivacyStatement
+    from sfumato.privacy.tradeoff import TradeOff, trade_off
 
 # Public names are imported when they are first used, so that the command line answers without loading torch.
 _HOMES = {
+    "AdaptiveClip": "sfumato.learning.adaptive_clip",
+    "Balance": "sfumato.privacy.accounts",
     "Budget": "sfumato.privacy.budget",
     "Checkpoint": "sfumato.learning.checkpoint",
     "Compute": "sfumato.gradients.compute",
+    "Constant": "sfumato.privacy.schedules",
+    "Cosine": "sfumato.privacy.schedules",
+    "Decay": "sfumato.learning.policies",
+    "Evaluation": "sfumato.learning.evaluation",
+    "Exponential": "sfumato.privacy.schedules",
     "FedAvg": "sfumato.learning.fedavg",
     "FedSGD": "sfumato.learning.fedsgd",
     "FullBatch": "sfumato.data.sampling",
     "Ledger": "sfumato.privacy.ledger",
+    "Linear": "sfumato.privacy.schedules",
+    "Listed": "sfumato.privacy.schedules",
     "LocalNoise": "sfumato.learning.aggregation",
+    "Meaning": "sfumato.privacy.meaning",
+    "Outlook": "sfumato.learning.policies",
     "Plan": "sfumato.learning.plan",
     "Poisson": "sfumato.data.sampling",
     "PrivacyStatement": "sfumato.privacy.statement",
+    "PublicPolicy": "sfumato.learning.policies",
+    "RandomAllocation": "sfumato.data.allocated",
     "Records": "sfumato.data.records",
     "Relation": "sfumato.privacy.budget",
+    "ReleasedPolicy": "sfumato.learning.policies",
+    "RiskCalibration": "sfumato.privacy.risk",
     "Sampler": "sfumato.data.sampling",
+    "Schedule": "sfumato.privacy.schedules",
     "SecureSource": "sfumato.privacy.randomness",
     "SeededSource": "sfumato.privacy.randomness",
     "ServerNoise": "sfumato.learning.aggregation",
     "SfumatoError": "sfumato.errors",
     "SharedNoise": "sfumato.learning.aggregation",
     "Shuffled": "sfumato.data.sampling",
+    "Signal": "sfumato.learning.policies",
+    "SignalToNoise": "sfumato.learning.policies",
     "Simulation": "sfumato.engines.simulation",
+    "SpendEvenly": "sfumato.learning.policies",
     "Step": "sfumato.learning.training",
+    "Stepwise": "sfumato.privacy.schedules",
+    "StopWhenFlat": "sfumato.learning.policies",
+    "TradeOff": "sfumato.privacy.tradeoff",
     "TrainingResult": "sfumato.learning.training",
+    "Trial": "sfumato.learning.trials",
+    "TruncatedPoisson": "sfumato.data.truncated",
+    "Tuned": "sfumato.learning.tuning",
     "Unit": "sfumato.privacy.budget",
+    "calibrate_to_risk": "sfumato.privacy.risk",
+    "evaluate": "sfumato.learning.evaluation",
     "explain": "sfumato.gradients.explain",
     "federate": "sfumato.learning.api",
     "load": "sfumato.data.sources",
+    "meaning": "sfumato.privacy.meaning",
     "rounds": "sfumato.learning.api",
     "steps": "sfumato.learning.api",
+    "trade_off": "sfumato.privacy.tradeoff",
     "train": "sfumato.learning.api",
+    "tune": "sfumato.learning.tuning",
 }
 
 __all__ = [
+    "AdaptiveClip",
+    "Balance",
     "Budget",
     "Checkpoint",
     "Compute",
+    "Constant",
+    "Cosine",
+    "Decay",
+    "Evaluation",
+    "Exponential",
     "FedAvg",
     "FedSGD",
     "FullBatch",
     "Ledger",
+    "Linear",
+    "Listed",
     "LocalNoise",
+    "Meaning",
+    "Outlook",
     "Plan",
     "Poisson",
     "PrivacyStatement",
+    "PublicPolicy",
+    "RandomAllocation",
     "Records",
     "Relation",
+    "ReleasedPolicy",
+    "RiskCalibration",
     "Sampler",
+    "Schedule",
     "SecureSource",
     "SeededSource",
     "ServerNoise",
     "SfumatoError",
     "SharedNoise",
     "Shuffled",
+    "Signal",
+    "SignalToNoise",
     "Simulation",
+    "SpendEvenly",
     "Step",
+    "Stepwise",
+    "StopWhenFlat",
+    "TradeOff",
     "TrainingResult",
+    "Trial",
+    "TruncatedPoisson",
+    "Tuned",
     "Unit",
     "__version__",
+    "calibrate_to_risk",
+    "evaluate",
     "explain",
     "federate",
     "load",
+    "meaning",
     "rounds",
     "steps",
+    "trade_off",
     "train",
+    "tune",
 ]
 
 

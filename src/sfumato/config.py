@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -38,6 +39,7 @@ from sfumato.gradients.clipping import check_kind
 from sfumato.gradients.compute import Compute
 from sfumato.learning import models
 from sfumato.learning.plan import Plan
+from sfumato.learning.shapes import clips_of, noise_of, rates_of
 from sfumato.privacy.budget import Budget
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -147,6 +149,11 @@ class PrivacySection(_Section):
     clip: Positive = 1.0
     clipping: Annotated[str, AfterValidator(check_kind)] = "flat"
     sampling: str = "poisson"
+    max_batch: Count | None = None
+    noise: dict[str, Any] | None = None
+    clips: dict[str, Any] | None = None
+    rates: dict[str, Any] | None = None
+    order: Count | None = None
 
     @field_validator("delta")
     @classmethod
@@ -200,7 +207,7 @@ class TrainingSection(_Section):
     local_steps: Count | None = None
     local_batch_size: Count | None = None
     memory_mb: Positive | None = None
-    autocast: bool = False
+    autocast: StrictBool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -304,6 +311,11 @@ class Experiment:
                 clip=wanted.clip,
                 clipping=wanted.clipping,
                 sampling=wanted.sampling,
+                max_batch=wanted.max_batch,
+                noise=noise_of(wanted.noise),
+                clips=clips_of(wanted.clips),
+                rates=rates_of(wanted.rates),
+                order=wanted.order,
             )
 
     def records(self) -> tuple[Records, Records]:

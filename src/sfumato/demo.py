@@ -1,7 +1,8 @@
 """The main job: four hospitals, one model, one budget, and what each way of training costs in accuracy.
 
 920 heart patients at four hospitals (public records, in the package). Each seed splits every hospital 66/34 and trains
-eight ways: each hospital alone, pooled and federated without privacy, and both with epsilon 0.5, 1 and 3 for each patient.
+ten ways: each hospital alone, pooled and federated without privacy, both with epsilon 0.5, 1 and 3 for each patient, and
+pooled with epsilon 1 where a policy chooses the noise from what was released and what is left.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from sfumato.learning.api import federate, train
 from sfumato.learning.fedsgd import FedSGD
 from sfumato.learning.models import build
 from sfumato.learning.plan import Plan
+from sfumato.learning.policies import SignalToNoise
+from sfumato.learning.training import TrainingResult
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
-from sfumato.privacy.statement import PrivacyStatement
 from sfumato.report import Result, read_result, write_report, write_result
-from sfumato.report.describe import describe_machine, ledger_extract, privacy_of, score_of
+from sfumato.report.describe import curves_of, describe_machine, ledger_extract, privacy_of, score_of
 
 EPSILONS = (0.5, 1.0, 3.0)
+DRIVEN = 1.0  # the epsilon that is also spent by a policy, which looks at what was released and what is left
 DELTA = 1e-4
 TRAIN_SHARE = 0.66
 # Declared in the study's protocol: how many patients train, rounded. Never read off the records.
@@ -52,7 +55,8 @@ PLAIN = functools.partial(torch.optim.SGD, lr=0.3, momentum=0.9, weight_decay=0.
 _TITLE = "Four hospitals, one model, one budget"
 _FILES = ("report.html", "result.json", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm")
 
-Outcome = tuple[dict[str, float], dict[str, int], PrivacyStatement | None]
+Outcome = tuple[dict[str, float], dict[str, int], TrainingResult | None]
+Trained = tuple[Mapping[str, nn.Module], TrainingResult | None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class _Arm:
     name: str
     mode: str
     plan: Plan
-    train: Callable[[Records, Plan, Ledger, str], tuple[Mapping[str, nn.Module], PrivacyStatement | None]]
+    train: Callable[[Records, Plan, Ledger, str], Trained]
 
 
 def run_demo(out: Path, seeds: int, console: Console) -> Path:
@@ -106,6 +110,11 @@ def _arms() -> Iterable[_Arm]:
         plan = Plan.calibrate(budget, population=POPULATION, batch_size=POPULATION, steps=STEPS, clip=CLIP)
         yield _Arm(f"pooled-private, epsilon {epsilon:g}", "pooled-private", plan, _train_pooled)
         yield _Arm(f"federated-private, epsilon {epsilon:g}", "federated-private", plan, _train_federated)
+        if epsilon == DRIVEN:
+            driven = Plan.calibrate(
+                budget, population=POPULATION, batch_size=POPULATION, steps=STEPS, clip=CLIP, noise=SignalToNoise()
+            )
+            yield _Arm(f"pooled-private, budget-driven, epsilon {epsilon:g}", "pooled-private", driven, _train_pooled)
 
 
 def _study(records: Records, arms: list[_Arm], seeds: int, ledger: Ledger, console: Console) -> Result:
@@ -123,17 +132,17 @@ def _study(records: Records, arms: list[_Arm], seeds: int, ledger: Ledger, conso
                 world = f"heart, {arm.name}, seed {seed}"
                 if arm.plan.is_private:
                     ledger.grant(world, arm.plan.budget, note="rehearsal on public records")
-                models, statement = arm.train(learning, arm.plan, ledger, world)
+                models, result = arm.train(learning, arm.plan, ledger, world)
                 seconds[arm.name] += time.perf_counter() - begun
                 correct, total = _test(models, held_out)
-                outcomes[arm.name].append((correct, total, statement))
+                outcomes[arm.name].append((correct, total, result))
                 progress.advance(task)
     runs = [_run(arm, outcomes[arm.name], seconds[arm.name]) for arm in arms]
-    curves = {
-        arm.name: [(step, arm.plan.epsilon_after(step)) for step in range(0, arm.plan.steps + 1, 2)]
-        for arm in arms
-        if arm.plan.is_private
-    }
+    curves: dict[str, dict[str, object]] = {}
+    for arm in arms:
+        first = outcomes[arm.name][0][2]
+        for kind, points in (curves_of(arm.plan, arm.name, first.steps) if first else {}).items():
+            curves.setdefault(kind, {}).update(points)
     return Result.model_validate(
         {
             "title": _TITLE,
@@ -148,7 +157,7 @@ def _study(records: Records, arms: list[_Arm], seeds: int, ledger: Ledger, conso
             },
             "runs": runs,
             "ledger": ledger_extract(ledger),
-            "curves": {"epsilon_over_steps": curves},
+            "curves": curves,
         }
     )
 
@@ -160,9 +169,7 @@ def _model(records: Records) -> nn.Module:
     return model
 
 
-def _train_alone(
-    learning: Records, plan: Plan, ledger: Ledger, world: str
-) -> tuple[Mapping[str, nn.Module], PrivacyStatement | None]:
+def _train_alone(learning: Records, plan: Plan, ledger: Ledger, world: str) -> Trained:
     models = {}
     for name, own in learning.by_owner().items():
         model = models[name] = _model(own)
@@ -170,9 +177,7 @@ def _train_alone(
     return models, None
 
 
-def _train_pooled(
-    learning: Records, plan: Plan, ledger: Ledger, world: str
-) -> tuple[Mapping[str, nn.Module], PrivacyStatement | None]:
+def _train_pooled(learning: Records, plan: Plan, ledger: Ledger, world: str) -> Trained:
     model = _model(learning)
     optimizer = (PRIVATE if plan.is_private else PLAIN)(model.parameters())
     result = train(
@@ -184,12 +189,10 @@ def _train_pooled(
         ledger=ledger,
         dataset=world,
     )
-    return dict.fromkeys(learning.owner_names, model), result.privacy if plan.is_private else None
+    return dict.fromkeys(learning.owner_names, model), result if plan.is_private else None
 
 
-def _train_federated(
-    learning: Records, plan: Plan, ledger: Ledger, world: str
-) -> tuple[Mapping[str, nn.Module], PrivacyStatement | None]:
+def _train_federated(learning: Records, plan: Plan, ledger: Ledger, world: str) -> Trained:
     model = _model(learning)
     result = federate(
         model,
@@ -201,7 +204,7 @@ def _train_federated(
         ledger=ledger,
         dataset=world,
     )
-    return dict.fromkeys(learning.owner_names, model), result.privacy if plan.is_private else None
+    return dict.fromkeys(learning.owner_names, model), result if plan.is_private else None
 
 
 def _test(models: Mapping[str, nn.Module], held_out: Records) -> tuple[dict[str, float], dict[str, int]]:
@@ -219,7 +222,7 @@ def _run(arm: _Arm, outcomes: list[Outcome], seconds: float) -> dict[str, object
     per_owner = {
         name: statistics.fmean(correct[name] / total[name] for correct, total, _ in outcomes) for name in owners
     }
-    statement = outcomes[0][2]
+    first = outcomes[0][2]
     extra = (
         "Accuracy on the held-out patients: it is measured without noise.",
         "The other arms and seeds of this study: each is accounted as if it were the only one on these patients.",
@@ -229,7 +232,7 @@ def _run(arm: _Arm, outcomes: list[Outcome], seconds: float) -> dict[str, object
         "mode": arm.mode,
         "seconds": seconds,
         "metrics": {"accuracy": score_of(overall, per_owner)},
-        "privacy": None if statement is None else privacy_of(arm.plan, statement, extra),
+        "privacy": None if first is None else privacy_of(arm.plan, first.privacy, extra),
     }
 
 
@@ -270,5 +273,10 @@ def _print_table(result: Result, console: Console) -> None:
         score = run.metrics.accuracy
         assert score is not None
         epsilon = "none promised" if run.privacy is None else bound(run.privacy.epsilon)
-        table.add_row(run.mode, epsilon, f"{score.mean:.3f}", f"{score.sd:.3f}" if score.seeds > 1 else "-")
+        table.add_row(
+            run.name.partition(", epsilon")[0],
+            epsilon,
+            f"{score.mean:.3f}",
+            f"{score.sd:.3f}" if score.seeds > 1 else "-",
+        )
     console.print(table)

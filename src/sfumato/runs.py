@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from sfumato.learning.training import Step, TrainingResult
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.statement import PrivacyStatement
-from sfumato.report.describe import describe_machine, ledger_extract, privacy_of, score_of
+from sfumato.report.describe import curves_of, describe_machine, ledger_extract, privacy_of, score_of
 from sfumato.report.result import PRIVATE
 
 _OWN_LEDGER = (
@@ -93,7 +93,7 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Fin
         if chosen.is_private and shared is None:
             said = dataclasses.replace(said, not_covered=(*said.not_covered, _OWN_LEDGER))
         seconds, score = time.perf_counter() - start, _score(model, test)
-        _publish(folder, model, _result(experiment, chosen, said, ledger, score, seconds))
+        _publish(folder, model, _result(experiment, chosen, said, ledger, score, seconds, result.steps))
     return Finished(said, score, result.lost)
 
 
@@ -117,7 +117,10 @@ def _granted(experiment: Experiment, chosen: Plan, resume: bool) -> Ledger | Non
     ledger = Ledger.existing(experiment.ledger_path)
     left = ledger.balance(experiment.dataset)
     spending = chosen.spending
-    short = spending.epsilon > left.remaining_epsilon or spending.delta > left.remaining_delta
+    # Under Renyi composition epsilons do not add up: what is left in epsilon does not say whether a run fits.
+    short = left.composition == "basic" and (
+        spending.epsilon > left.remaining_epsilon or spending.delta > left.remaining_delta
+    )
     if short and not resume:
         ledger.close()
         raise BudgetExhaustedError(
@@ -265,13 +268,12 @@ def _score(model: nn.Module, test: Records) -> reports.Score | None:
 
 def _result(
     experiment: Experiment, chosen: Plan, said: PrivacyStatement, ledger: Ledger | None, score: reports.Score | None,
-    seconds: float,
+    seconds: float, steps: Sequence[Step],
 ) -> reports.Result:  # fmt: skip
     privacy, curves = None, None
     if chosen.is_private:
         privacy = privacy_of(chosen, said, [_UNCOVERED_ACCURACY] if score else [])
-        points = sorted({math.ceil(chosen.steps * part / 16) for part in range(1, 17)})
-        curves = {"epsilon_over_steps": {experiment.name: [(step, chosen.epsilon_after(step)) for step in points]}}
+        curves = curves_of(chosen, experiment.name, steps)
     owners: dict[str, int | None] = dict.fromkeys(score.per_owner if score else ())
     content = {
         "title": f"Training {experiment.name}",

@@ -160,7 +160,7 @@ def test_training_with_little_noise_learns_with_each_kind(kind: str) -> None:
 def test_the_plan_tells_its_kind(kind: str) -> None:
     made = plan(kind)
     assert made.clipping == kind
-    assert made.clipper == Clipping(1.0, kind)
+    assert made.terms(0).clipping == Clipping(1.0, kind)
     assert made.describe()["clipping"] == kind
     assert json.loads(made.fingerprint())["clipping"] == kind
 

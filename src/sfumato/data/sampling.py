@@ -5,10 +5,12 @@ Fields of a sampler are public. The number of records and the source of randomne
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from sfumato import _checks
 from sfumato.errors import PlanError
 from sfumato.privacy import events
 from sfumato.privacy.randomness import RandomSource, keyed_source
+from sfumato.privacy.schedules import Constant, Schedule
+
+_Step = TypeVar("_Step")
 
 
 class Draws(ABC):
@@ -37,18 +42,54 @@ class Sampler(ABC):
     Attributes:
         kind: The name that is printed.
         rate: The share of the population that a step uses on average, public.
+        by_step: Whether each step has a cost of its own, so that what several cost is their composition.
     """
 
     kind: str
+    by_step: bool = True
 
     @property
     @abstractmethod
     def rate(self) -> float:
         """The expected share of the population in a batch, in (0, 1]."""
 
+    def rate_at(self, step: int) -> float:
+        """Return the expected share of the population in the batch of step `step` (from 0)."""
+        return self.rate
+
     @abstractmethod
+    def event_of(self, noises: Sequence[float], first: int = 0) -> events.Event:
+        """Return what noised sums over batches of this sampler cost, by the noise multiplier of each.
+
+        Args:
+            noises: Of the steps, in order.
+            first: The step (from 0) that the first of them belongs to.
+        """
+
     def event(self, noise_multiplier: float, steps: int) -> events.Event:
-        """Return what `steps` noised sums over batches of this sampler cost."""
+        """Return what the first `steps` noised sums cost, all with this noise multiplier."""
+        return self.event_of([noise_multiplier] * steps)
+
+    def scheduled(self, rates: Schedule, steps: int) -> Sampler:
+        """Return a sampler whose rate follows a schedule.
+
+        Raises:
+            PlanError: this kind has one rate only.
+        """
+        if rates == Constant():
+            return self
+        raise PlanError(f'Only "poisson" sampling can change its rate over the steps, not "{self.kind}".')
+
+    def check_steps(self, steps: int) -> None:  # noqa: B027 (most kinds serve any number)
+        """Refuse a number of steps that the sampler was not made for.
+
+        Raises:
+            PlanError: it was made for another number.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return the sampler as plain JSON data."""
+        return {"kind": self.kind, "rate": self.rate}
 
     @abstractmethod
     def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
@@ -67,9 +108,9 @@ class FullBatch(Sampler):
         """Always 1."""
         return 1.0
 
-    def event(self, noise_multiplier: float, steps: int) -> events.Event:
-        """Return `steps` Gaussian sums."""
-        return events.repeated(events.gaussian(noise_multiplier), steps)
+    def event_of(self, noises: Sequence[float], first: int = 0) -> events.Event:
+        """Return Gaussian sums."""
+        return in_runs(noises, events.gaussian)
 
     def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
         """Return draws that are always all records."""
@@ -94,37 +135,66 @@ class Poisson(Sampler):
     independent for each record and each step, at no more than the stated rate. An empty batch is a batch: its step
     releases noise alone.
 
+    Args:
+        sampling_rate: In (0, 1].
+        factors: By which the rate of each step is multiplied; empty for always 1.
+
     Raises:
-        InputError: the rate is not in (0, 1].
+        InputError: a rate is not in (0, 1].
     """
 
     sampling_rate: float
+    factors: tuple[float, ...] = ()
     kind = "poisson"
 
     def __post_init__(self) -> None:
         _checks.fraction("sampling_rate", self.sampling_rate, allow_one=True)
+        for factor in set(self.factors):
+            _checks.fraction("sampling_rate", self.sampling_rate * factor, allow_one=True)
 
     @property
     def rate(self) -> float:
         """The probability with which a record joins a step."""
         return self.sampling_rate
 
-    def event(self, noise_multiplier: float, steps: int) -> events.Event:
-        """Return `steps` Poisson-sampled Gaussian sums."""
-        return events.repeated(events.poisson_sampled(self.sampling_rate, events.gaussian(noise_multiplier)), steps)
+    def rate_at(self, step: int) -> float:
+        """Return the rate of step `step`."""
+        return self.sampling_rate * self.factors[step] if self.factors else self.sampling_rate
+
+    def event_of(self, noises: Sequence[float], first: int = 0) -> events.Event:
+        """Return Poisson-sampled Gaussian sums."""
+
+        def sampled(step: tuple[float, float]) -> events.Event:
+            rate, noise = step
+            return events.poisson_sampled(rate, events.gaussian(noise))
+
+        return in_runs(((self.rate_at(step), noise) for step, noise in enumerate(noises, first)), sampled)
+
+    def scheduled(self, rates: Schedule, steps: int) -> Poisson:
+        """Return the sampler whose rates are multiplied by a schedule over `steps` steps."""
+        return self if rates == Constant() else Poisson(self.sampling_rate, rates.factors(steps))
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse another number of steps than factors."""
+        if self.factors and len(self.factors) != steps:
+            raise PlanError(f"The sampler has rates for {len(self.factors)} steps, not {steps}.")
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind and rate, and the factors if there are any."""
+        return super().describe() | ({"factors": list(self.factors)} if self.factors else {})
 
     def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
         """Return independent draws; there is no position to keep."""
-        return _PoissonDraws(count, self.sampling_rate, source)
+        return _PoissonDraws(count, self, source)
 
 
 @final
 class _PoissonDraws(Draws):
-    def __init__(self, count: int, rate: float, source: RandomSource) -> None:
-        self._count, self._rate, self._source = count, rate, source
+    def __init__(self, count: int, sampler: Poisson, source: RandomSource) -> None:
+        self._count, self._sampler, self._source = count, sampler, source
 
     def batch(self, step: int) -> Tensor:
-        return self._source.bernoulli(self._count, self._rate).nonzero().squeeze(1)
+        return self._source.bernoulli(self._count, self._sampler.rate_at(step)).nonzero().squeeze(1)
 
 
 @final
@@ -148,6 +218,7 @@ class Shuffled(Sampler):
     batch_size: int
     population: int
     kind = "shuffled"
+    by_step = False
 
     def __post_init__(self) -> None:
         _checks.count("batch_size", self.batch_size)
@@ -165,12 +236,15 @@ class Shuffled(Sampler):
         """ceil(population / batch_size)."""
         return math.ceil(self.population / self.batch_size)
 
-    def event(self, noise_multiplier: float, steps: int) -> events.Event:
-        """Return what the epochs begun within `steps` cost."""
+    def event_of(self, noises: Sequence[float], first: int = 0) -> events.Event:
+        """Return what the epochs begun within these steps cost, each as if all its steps had its least noise."""
         if self.steps_per_epoch == 1:
-            return events.repeated(events.gaussian(noise_multiplier), steps)
-        epoch = events.composed([events.gaussian(noise_multiplier / 2), events.gaussian(noise_multiplier)])
-        return events.repeated(epoch, math.ceil(steps / self.steps_per_epoch))
+            return in_runs(noises, events.gaussian)
+
+        def epoch(least: float) -> events.Event:
+            return events.composed([events.gaussian(least / 2), events.gaussian(least)])
+
+        return in_runs(least_of_epochs(noises, first, self.steps_per_epoch), epoch)
 
     def start(self, count: int, source: RandomSource, state: dict[str, Any] | None = None) -> Draws:
         """Return draws that go on with the kept order of the epoch, if there is one."""
@@ -197,3 +271,15 @@ class _ShuffledDraws(Draws):
 
     def state(self) -> dict[str, Any]:
         return {"key": self._key}
+
+
+def in_runs(steps: Iterable[_Step], event_of: Callable[[_Step], events.Event]) -> events.Event:
+    """Return the events of all steps together, equal neighbours as one that is repeated."""
+    runs = [events.repeated(event_of(step), len(list(same))) for step, same in itertools.groupby(steps)]
+    return runs[0] if len(runs) == 1 else events.composed(runs)
+
+
+def least_of_epochs(noises: Sequence[float], first: int, length: int) -> list[float]:
+    """Return the least noise of each epoch that is begun within the steps."""
+    epochs = itertools.groupby(enumerate(noises, first), key=lambda numbered: numbered[0] // length)
+    return [min(noise for _, noise in epoch) for _, epoch in epochs]

@@ -49,10 +49,13 @@ class Central(Procedure):
         self._model, self._records, self._plan, self._loss = model, records, plan, loss
         self._augment = augment
         if plan.is_private:
-            self._gradient = PrivateGradient(model, loss, plan.clipper, compute=compute, views=augment is not None)
+            self._gradient = PrivateGradient(
+                model, loss, plan.terms(0).bounded, compute=compute, views=augment is not None
+            )
         self._optimizer, self._source = optimizer, source
         self._draws = plan.sampler.start(len(records), source)
         self.aggregation = ServerNoise()
+        self.use_terms(plan.terms(0))
         self.not_covered = ("The curator who trains holds all records and is trusted with them.",)
 
     @override
@@ -65,7 +68,7 @@ class Central(Procedure):
 
     def sum(self, indices: Tensor) -> ClippedSum:
         """Return the clipped sum over the records at `indices`, shape (any,)."""
-        return self._gradient.sum(*self._batch(indices))
+        return self._gradient.sum(*self._batch(indices), self.terms.bounded)
 
     @override
     def asked(self, step: int) -> int:
@@ -81,7 +84,7 @@ class Central(Procedure):
 
     def use(self, total: Tensors) -> None:
         """Let the optimiser take one step on a released sum, which is used up."""
-        take_step(self._model, self._optimizer, [total], self._plan.expected_batch)
+        take_step(self._model, self._optimizer, [total], self.terms.rate * self._plan.population)
 
     @override
     def plain(self, step: int) -> None:

@@ -71,6 +71,7 @@ class ClientSums(Procedure):
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
         self._draws = federation.plan.sampler.start(len(self._names), federation.source)
         self._asked = 0
+        self.use_terms(federation.plan.terms(0))
 
     @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
@@ -81,7 +82,7 @@ class ClientSums(Procedure):
     def _part(self, name: str) -> ClippedSum:
         with running(self._federation.model, "on a client's records", quote=False):
             vector = self._work(name)
-        bounded, finite = clip_vector(vector.value, self._federation.plan.clipper)
+        bounded, finite = clip_vector(vector.value, self.terms.bounded)
         return ClippedSum(bounded, 0 if finite else 1)
 
     @override
@@ -96,7 +97,7 @@ class ClientSums(Procedure):
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         # Empty if every client was lost and, with LocalNoise, nobody else adds any.
         sums = (release.value for release in released.values())
-        take_step(self._federation.model, self._optimizer, sums, self._federation.plan.expected_batch)
+        take_step(self._federation.model, self._optimizer, sums, self.terms.rate * self._federation.plan.population)
 
     @override
     def plain(self, step: int) -> None:

@@ -36,10 +36,11 @@ from typing_extensions import override
 from sfumato._version import __version__
 from sfumato.errors import ProcessError, SfumatoError, UnsupportedModelError
 from sfumato.gradients.clipped import ClippedSum
-from sfumato.gradients.clipping import MAX_UNITS
+from sfumato.gradients.clipping import MAX_UNITS, UNCLIPPED
 from sfumato.gradients.support import trainable
 from sfumato.learning.central import Central
 from sfumato.learning.procedure import Procedure, Progress
+from sfumato.learning.terms import Terms
 from sfumato.privacy.bounded import Bounded, Released
 
 _SPENT = "What was charged, if anything, stays spent."
@@ -287,16 +288,22 @@ class Shared(Procedure):
         return first
 
     @override
+    def use_terms(self, terms: Terms) -> None:
+        self._central.use_terms(terms)
+
+    @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
         mine = self._central.sum(self._draw(step)[self._team.rank :: self._team.size])
-        names = list(trainable(self._model))
         count = torch.tensor([mine.nonfinite])
-        total = self._team.flat([*(mine.bounded.value[name] for name in names), count], torch.float64)
+        total = self._team.flat([*mine.bounded.value.values(), count], torch.float64)
         self._team.meet()
         self._team.add_up(total)
         if not self.leads:
             return {}
-        return {"all": ClippedSum(Bounded(self._split(total), mine.bounded.norm_bound), int(total[-1]))}
+        summed = self._split(total)
+        if UNCLIPPED in mine.bounded.value:
+            summed[UNCLIPPED] = total[-2]  # after the parameters, before the count
+        return {"all": ClippedSum(Bounded(summed, mine.bounded.norm_bound), int(total[-1]))}
 
     @override
     def asked(self, step: int) -> int:

@@ -110,11 +110,12 @@ class _LocalPrivateSteps(Procedure):
         self._federation, self._algorithm = federation, algorithm
         self._sizes = _declared(federation)
         self._draws = start_draws(federation, {})
+        self.use_terms(federation.plan.terms(0))
         self._models = {name: copy.deepcopy(federation.model) for name in federation.clients}
         space = Workspace()  # one for all, because the clients of this process take their steps in turn
         self._gradients = {
             name: PrivateGradient(
-                model, federation.loss, federation.plan.clipper, compute=federation.compute, space=space
+                model, federation.loss, federation.plan.terms(0).bounded, compute=federation.compute, space=space
             )
             for name, model in self._models.items()
         }
@@ -129,7 +130,7 @@ class _LocalPrivateSteps(Procedure):
 
     def _part(self, name: str, indices: Tensor) -> ClippedSum:
         features, targets = batch_on(self._models[name], self._federation.clients[name], indices)
-        return self._gradients[name].sum(features, targets)
+        return self._gradients[name].sum(features, targets, self.terms.bounded)
 
     def asked(self, step: int) -> int:
         return len(self._federation.clients)
@@ -140,7 +141,7 @@ class _LocalPrivateSteps(Procedure):
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         plan = self._federation.plan
         for name, release in released.items():
-            divisor = plan.sampler.rate * self._sizes[name]
+            divisor = self.terms.rate * self._sizes[name]
             take_step(self._models[name], self._optimizers[name], [release.value], divisor)
         if (step + 1) % self._algorithm.local_steps == 0 or step + 1 == plan.steps:
             self._average()

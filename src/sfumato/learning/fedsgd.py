@@ -89,9 +89,10 @@ class _RecordSums(Procedure):
         plan = federation.plan
         if plan.is_private:
             self._gradient = PrivateGradient(
-                federation.model, federation.loss, plan.clipper, compute=federation.compute
+                federation.model, federation.loss, plan.terms(0).bounded, compute=federation.compute
             )
         self._draws = start_draws(federation, {})
+        self.use_terms(plan.terms(0))
         self.aggregation = noise or ServerNoise()
         self.aggregation.check_clients(len(self._names))
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
@@ -104,7 +105,7 @@ class _RecordSums(Procedure):
     def _part(self, name: str, indices: Tensor) -> ClippedSum:
         federation = self._federation
         features, targets = batch_on(federation.model, federation.clients[name], indices)
-        return self._gradient.sum(features, targets)
+        return self._gradient.sum(features, targets, self.terms.bounded)
 
     def asked(self, step: int) -> int:
         return len(self._names)
@@ -115,7 +116,7 @@ class _RecordSums(Procedure):
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         # Empty if every client was lost and, with LocalNoise, nobody else adds any.
         sums = (release.value for release in released.values())
-        take_step(self._federation.model, self._optimizer, sums, self._federation.plan.expected_batch)
+        take_step(self._federation.model, self._optimizer, sums, self.terms.rate * self._federation.plan.population)
 
     def plain(self, step: int) -> None:
         batches = {name: self._draws[name].batch(step) for name in self._names}

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from sfumato.data.records import Records
 from sfumato.errors import UnsupportedModelError
 from sfumato.gradients.clipped import ClippedSum
+from sfumato.gradients.clipping import UNCLIPPED, Clipping
 from sfumato.gradients.support import trainable
 from sfumato.learning.aggregation import Aggregation
+from sfumato.learning.terms import Terms
 from sfumato.privacy.bounded import Bounded, Released, Tensors
 
 
@@ -30,6 +32,7 @@ class Progress(NamedTuple):
         nonfinite: How often a unit's part was left out.
         secret: Whether all noise came from a secure source.
         remembered: Whether a ledger on disk was charged.
+        terms: Noise multiplier, clip norm and length of the indicator of the next step; None if the run is over.
     """
 
     position: int
@@ -38,6 +41,7 @@ class Progress(NamedTuple):
     nonfinite: int
     secret: bool
     remembered: bool
+    terms: tuple[float, float, float] | None
 
 
 class Procedure(ABC):
@@ -47,11 +51,13 @@ class Procedure(ABC):
         aggregation: Where the noise is added.
         not_covered: Sentences that this procedure adds to the privacy statement.
         leads: Whether this process draws, pays, releases and saves; False where it only works along.
+        terms: What the current step is done with.
     """
 
     aggregation: Aggregation
     not_covered: tuple[str, ...]
     leads: bool = True
+    terms: Terms
 
     @property
     def kind(self) -> str:
@@ -68,6 +74,10 @@ class Procedure(ABC):
     def agree(self, progress: Progress) -> Progress:
         """Return the progress of the process that leads, before each step."""
         return progress
+
+    def use_terms(self, terms: Terms) -> None:
+        """Take note of what the next step is done with."""
+        self.terms = terms
 
     @abstractmethod
     def contributions(self, step: int) -> dict[str, ClippedSum]:
@@ -106,16 +116,17 @@ class Procedure(ABC):
         """Take back what `state` returned."""
 
 
-def zero_like(model: nn.Module, norm_bound: float) -> Bounded:
+def zero_like(model: nn.Module, clipping: Clipping) -> Bounded:
     """Return the sum of no units, in the shapes of the model's trainable parameters."""
-    return Bounded(
-        # One zero seen in every place, so that it costs no memory.
-        {
-            name: torch.zeros((), dtype=torch.float64, device=tensor.device).expand(tensor.shape)
-            for name, tensor in trainable(model).items()
-        },
-        norm_bound,
-    )
+    parameters = trainable(model)
+    # One zero seen in every place, so that it costs no memory.
+    value = {
+        name: torch.zeros((), dtype=torch.float64, device=tensor.device).expand(tensor.shape)
+        for name, tensor in parameters.items()
+    }
+    if clipping.counted:
+        value[UNCLIPPED] = torch.zeros((), dtype=torch.float64, device=next(iter(value.values())).device)
+    return Bounded(value, clipping.bound)
 
 
 def set_gradients(model: nn.Module, total: Tensors, divisor: float) -> None:

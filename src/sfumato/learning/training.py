@@ -14,13 +14,16 @@ from torch import nn
 from sfumato import _checks
 from sfumato.errors import CheckpointError, DivergedError, LedgerError, LostClientsError, PlanError
 from sfumato.gradients.clipped import ClippedSum
+from sfumato.gradients.clipping import Clipping
 from sfumato.gradients.support import trainable
 from sfumato.learning import checkpoint as checkpoints
 from sfumato.learning.aggregation import Noise
 from sfumato.learning.checkpoint import Checkpoint
+from sfumato.learning.control import Control
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import Procedure, Progress, zero_like
 from sfumato.learning.selfcheck import check_bounded, check_noised, check_scale
+from sfumato.learning.terms import Terms
 from sfumato.privacy import events
 from sfumato.privacy.books import Cost
 from sfumato.privacy.bounded import Released
@@ -41,6 +44,9 @@ class Step:
         epsilon: Upper bound on what has been spent so far (infinite without privacy).
         remaining: Budget minus `epsilon`.
         noise_multiplier: Of this step.
+        clip_norm: Of this step.
+        left: Share of the budget that is left: of epsilon, or, under a filter, of its cap. There `epsilon` is the whole,
+            because a filter promises nothing smaller on the way.
     """
 
     index: int
@@ -48,6 +54,8 @@ class Step:
     epsilon: float
     remaining: float
     noise_multiplier: float
+    clip_norm: float
+    left: float
 
 
 @final
@@ -113,7 +121,9 @@ class Training(Iterator[Step]):
         self._remembered = account.ledger is not None and account.ledger.is_durable
         self._saved_at = 0
         self._lost = 0
+        self._settled = False
         self._digest: str | None = None
+        self._control = Control(plan)
         if self._checkpoint is not None:
             self._open_checkpoint(self._checkpoint)
         procedure.start(self._fingerprint())
@@ -128,18 +138,18 @@ class Training(Iterator[Step]):
     def _next(self) -> Step:
         if self.plan.is_private and self._procedure.leads:
             self._catch_up()
-        self._agree()
-        if self._position >= self.plan.steps:
+        terms = self._agree(self._next_terms())
+        if terms is None:
+            self._end()
             raise StopIteration
+        self._procedure.use_terms(terms)
         if self.plan.is_private:
-            self._private_step()
+            self._private_step(terms)
         else:
             self._procedure.plain(self._position)
             self._position += 1
         self._refuse_divergence()
-        spent = self.plan.epsilon_after(self._position)
-        remaining = max(0.0, self.plan.budget.epsilon - spent) if self.plan.is_private else math.inf
-        step = Step(self._position, self.plan.steps, spent, remaining, self.plan.noise_multiplier)
+        step = self._step(terms)
         self._steps.append(step)
         self._save_if_due()
         return step
@@ -156,10 +166,52 @@ class Training(Iterator[Step]):
         """Return the model and the statement of what has been charged for it."""
         return TrainingResult(self.model, self._statement(), tuple(self._steps), self._run, self._lost, self._nonfinite)
 
-    def _agree(self) -> None:
-        own = Progress(self._position, self._run, self._lost, self._nonfinite, self._secret, self._remembered)
+    def _next_terms(self) -> Terms | None:
+        """Return what the next step is done with; None if there is none, or another process decides."""
+        if self._position >= self.plan.steps or not self._procedure.leads:
+            return None
+        return self._control.terms(self._position)
+
+    def _agree(self, terms: Terms | None) -> Terms | None:
+        said = None if terms is None else (terms.noise_multiplier, *_norm_and_indicator(terms.clipping))
+        own = Progress(self._position, self._run, self._lost, self._nonfinite, self._secret, self._remembered, said)
         first = self._procedure.agree(own)
-        self._position, self._run, self._lost, self._nonfinite, self._secret, self._remembered = first
+        self._position, self._run, self._lost, self._nonfinite, self._secret, self._remembered, said = first
+        if said is None or self._procedure.leads:
+            return terms
+        noise, norm, counted = said
+        planned = self.plan.terms(self._position)
+        if planned.clipping is None:
+            return planned
+        return Terms(noise, Clipping(norm, self.plan.clipping, counted), planned.rate)
+
+    def _end(self) -> None:
+        """Give back to a ledger that composes by a filter what this run's filter did not need."""
+        spent = self._control.spent
+        ledger = self._account.ledger
+        if spent is None or self._charge is None or ledger is None or self._settled:
+            return
+        if ledger.balance(self._account.dataset).composition == "renyi":
+            self._charge.settle(events.to_json(spent))
+        self._settled = True
+
+    def _step(self, terms: Terms) -> Step:
+        """Return what may be printed of the step that was just done."""
+        plan = self.plan
+        spent = plan.epsilon_after(self._position)
+        remaining = max(0.0, plan.budget.epsilon - spent) if plan.is_private else math.inf
+        left = self._control.share_left
+        if left is None:
+            left = remaining / plan.budget.epsilon if plan.is_private else 1.0
+        return Step(
+            self._position,
+            plan.steps,
+            spent,
+            remaining,
+            terms.noise_multiplier,
+            _norm_and_indicator(terms.clipping)[0],
+            left,
+        )
 
     def _catch_up(self) -> None:
         """Move behind every draw that was or may have been taken without its step: a crash, a stop in the middle."""
@@ -167,22 +219,25 @@ class Training(Iterator[Step]):
             self._charge = self._go_on()
             self._saved_at = self._charge.position  # so that saves and leases stay in step
         if self._charge is not None and self._charge.position > self._position:
+            self._control.lose(self._charge.position - self._position)
             self._lost += self._charge.position - self._position
             self._position = self._charge.position
             self._procedure.skip()
 
-    def _private_step(self) -> None:
+    def _private_step(self, terms: Terms) -> None:
         contributions = self._procedure.contributions(self._position)
-        released = self._release(contributions) if self._procedure.leads else {}
+        released = self._release(contributions, terms) if self._procedure.leads else {}
         # Sensitive until here; what follows is post-processing.
         del contributions
+        if self._procedure.leads:
+            self._control.observe(released, terms)
         self._procedure.apply(released, self._position)
         self._position += 1
 
-    def _release(self, contributions: Mapping[str, ClippedSum]) -> dict[str, Released]:
+    def _release(self, contributions: Mapping[str, ClippedSum], terms: Terms) -> dict[str, Released]:
         self._nonfinite += sum(part.nonfinite for part in contributions.values())
         parts = {name: part.bounded for name, part in contributions.items()}
-        zero = zero_like(self.model, self.plan.clip)
+        zero = zero_like(self.model, terms.bounded)
         if not self._checked:
             check_bounded(trainable(self.model), parts, self._procedure.probe())
         if self._charge is None:
@@ -190,7 +245,7 @@ class Training(Iterator[Step]):
                 checkpoints.check(Path(self._checkpoint.path), self._content())
             self._charge = self._pay()
             self._run = self._charge.run
-        noise = Noise(self.plan.noise_multiplier, self.plan.budget.relation, self._charge, self._source)
+        noise = Noise(terms.noise_multiplier, self.plan.budget.relation, self._charge, self._source)
         asked = self._procedure.asked(self._position)
         try:
             released = self._procedure.aggregation.combine(parts, zero=zero, asked=asked, noise=noise)
@@ -204,7 +259,7 @@ class Training(Iterator[Step]):
             raise LedgerError(
                 f"Another process is going on with run {self._charge.run}; this one stopped and what it drew was discarded."
             )
-        check_scale(released, parts, noise_std(zero, self.plan.noise_multiplier, self.plan.budget.relation))
+        check_scale(released, parts, noise_std(zero, terms.noise_multiplier, self.plan.budget.relation))
         if released and not self._checked:
             check_noised(trainable(self.model), parts, released, zero)
             self._checked = True
@@ -293,6 +348,7 @@ class Training(Iterator[Step]):
         try:
             self.model.load_state_dict(content["model"])
             self._procedure.restore(content["procedure"])
+            self._control.restore(content["control"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"The checkpoint {path} belongs to another model or optimiser: {str(error).splitlines()[0]}"
@@ -323,6 +379,7 @@ class Training(Iterator[Step]):
             "position": self._position,
             "model": self.model.state_dict(),
             "procedure": self._procedure.state(),
+            "control": self._control.state(),
             "data": self._digest,
         }
 
@@ -338,6 +395,10 @@ class Training(Iterator[Step]):
         else:
             not_covered = ["Everything: the run was not private."]
         return PrivacyStatement(self.plan.budget, self.plan.spending, self.plan.event, tuple(not_covered), self._secret)
+
+
+def _norm_and_indicator(clipping: Clipping | None) -> tuple[float, float]:
+    return (math.inf, 0.0) if clipping is None else (clipping.norm, clipping.counted)
 
 
 def _always_not_covered(remembered: bool, secure: bool) -> list[str]:
