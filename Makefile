@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEEDS ?= 20
 OUT ?= runs/demo
 
-.PHONY: demo test check bench-randomness bench-gradients bench-mnist clean
+.PHONY: demo test check bench-randomness bench-gradients bench-mnist bench-accounting bench-policies clean
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,12 @@ bench-gradients: .venv/.run  ## one optimiser step, private against plain, besid
 
 bench-mnist: .venv/.run  ## MNIST privately and plainly, accuracy and time; needs SFUMATO_DATA, the folder that holds mnist/
 	$(BIN)/python bench/mnist.py $(ARGS)
+
+bench-accounting: .venv/.run  ## how long accounting takes, beside dp-accounting
+	$(BIN)/python bench/accounting.py $(ARGS)
+
+bench-policies: .venv/.run  ## noise policies and schedules against fixed noise; needs SFUMATO_DATA, the folder of adult/ and mnist/; ARGS="--quick" for less
+	$(BIN)/python bench/policies.py $(ARGS)
 
 clean:
 	rm -rf .venv bench/.envs runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -48,6 +48,8 @@ def rules() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("rules")
+# peft calls what transformers has deprecated.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("name", READMES)
 def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from sfumato.privacy.budget import Relation, Unit
+from sfumato.privacy.meaning import Meaning
+from sfumato.privacy.tradeoff import TradeOff
+
 HOSPITALS = ("cleveland", "hungary", "switzerland", "long-beach")
 NOT_COVERED = (
     "The choice of hyper-parameters (learning rate, clip norm, steps) used the same data.",
@@ -40,6 +44,11 @@ def privacy(epsilon: float = PLD, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def risk(epsilon: float = PLD, delta: float = 0.0001) -> dict[str, Any]:
+    curve = TradeOff((epsilon,), (delta,))
+    return Meaning(epsilon, delta, Unit.RECORD, Relation.ADD_OR_REMOVE_ONE, curve, "pld").to_dict()
+
+
 def run(name: str = "only", mode: str = "central-private", **changes: Any) -> dict[str, Any]:
     promise = privacy() if mode.endswith("-private") else None
     return {"name": name, "mode": mode, "seconds": 3.25, "metrics": {}, "privacy": promise} | changes
@@ -54,15 +63,17 @@ def accuracy(mean: float, sd: float = 0.0123) -> dict[str, Any]:
 
 def study() -> dict[str, Any]:
     runs = [run("alone", "alone", seconds=1.5, metrics=accuracy(0.7421, 0.0202))]
-    curves, entries = {}, [_entry(1, "grant", 9.0, 0.0006, "cap for the study")]
+    curves, noise, left, entries = {}, {}, {}, [_entry(1, "grant", 9.0, 0.0006, "cap for the study")]
     for mode, top in (("pooled", 0.8312), ("federated", 0.8274)):
         runs.append(run(mode, mode, seconds=4.125, metrics=accuracy(top, 0.0061)))
         for epsilon, loss in ((0.5, 0.0613), (1.0, 0.0291), (3.0, 0.0084)):
             name = f"{mode}, epsilon {epsilon:g}"
-            promise = privacy(epsilon, noise_multiplier=round(8.1234 / epsilon, 5))
+            promise = privacy(epsilon, noise_multiplier=round(8.1234 / epsilon, 5), risk=risk(epsilon))
             scores = accuracy(round(top - loss, 6), round(0.0312 - loss / 4, 6))
             runs.append(run(name, f"{mode}-private", seconds=6.5, metrics=scores, privacy=promise))
             curves[name] = [[step, epsilon * (step / 20) ** 0.5] for step in range(1, 21)]
+            noise[name] = [[step, 8 / epsilon * (1.5 - step / 40)] for step in range(1, 21)]
+            left[name] = [[step, 1 - (step / 20) ** 0.5] for step in range(1, 21)]
             seq = len(entries) + 1
             entries.append(_entry(seq, "charge", epsilon, 0.0001, f"train: {name}"))
     entries.append(_entry(len(entries) + 1, "lease", 0.0, 0.0, "20 draws"))
@@ -78,7 +89,7 @@ def study() -> dict[str, Any]:
         },
         "runs": runs,
         "ledger": {"path": "heart.ledger", "digest": "5b" * 32, "entries": entries},
-        "curves": {"epsilon_over_steps": curves},
+        "curves": {"epsilon_over_steps": curves, "noise_over_steps": noise, "left_over_steps": left},
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_study import EVENT, NOT_COVERED, PLD
+from made_up_study import EVENT, NOT_COVERED, PLD, risk
 
 from sfumato.errors import InputError
 from sfumato.report import Result, render, write_report
@@ -172,8 +172,8 @@ HOSTILE = '<script>alert("x")</script><b>&amp;'
 def test_hostile_text_stays_text(mapping: dict[str, Any]) -> None:
     calm = page_of(mapping)
     run = mapping["runs"][2]
-    curves = mapping["curves"]["epsilon_over_steps"]
-    curves[HOSTILE] = curves.pop(run["name"])
+    for curves in mapping["curves"].values():
+        curves[HOSTILE] = curves.pop(run["name"])
     run["name"] = HOSTILE
     run["privacy"] |= {"not_covered": [HOSTILE, *NOT_COVERED], "event": EVENT | {"note": HOSTILE}}
     run["privacy"]["sampling"] = {"kind": HOSTILE, "rate": 0.1}
@@ -298,6 +298,54 @@ def test_the_bound_on_a_guess_is_never_too_small(epsilon: float, delta: float) -
     shown = guess_bound(epsilon, delta)
     assert best - 1e-15 <= shown <= min(1.0, best + delta + 1e-12)
     assert 0.5 <= shown <= 1.0
+
+
+def test_what_attacks_can_do_is_in_the_table_and_in_two_sentences_in_two_languages(result: Result) -> None:
+    text = render(result)
+    page = Page(text)
+    weakest = result.private_runs[2].privacy
+    assert weakest is not None
+    assert weakest.risk is not None
+    assert {weakest.risk.guess, *(found for _, found in weakest.risk.success)} <= page.exact
+    assert "For the weakest promise on this page, that of “pooled, epsilon\xa03”: Somebody who knows" in text
+    assert "is right at most\xa095.3\xa0% of the time" in text
+    assert "finds at most\xa020.1\xa0% of those that were" in text
+    (chinese,) = re.findall(r'<p lang="zh">(.*?)</p>', text)
+    assert "95.3%" in chinese
+    assert "20.1%" in chinese
+    assert "no privacy loss distribution" not in page.text
+
+
+def test_one_run_is_not_called_the_weakest(single: dict[str, Any]) -> None:
+    single["runs"][0]["privacy"]["risk"] = risk()
+    assert "weakest" not in page_of(single).text
+
+
+def test_bounds_from_epsilon_and_delta_alone_say_so(single: dict[str, Any]) -> None:
+    single["runs"][0]["privacy"]["risk"] = risk() | {"basis": "epsilon-delta"}
+    assert "no privacy loss distribution is known for what this run did" in page_of(single).text
+
+
+def test_a_result_without_risk_has_the_bound_of_epsilon_and_delta(single: dict[str, Any]) -> None:
+    page = page_of(single)
+    assert guess_bound(PLD, 0.0001) in page.exact
+    assert "+ δ" in page.text
+    assert "false positives" not in page.text
+
+
+def test_the_curve_gives_the_summary_its_guess(single: dict[str, Any]) -> None:
+    single["runs"][0]["privacy"]["risk"] = risk() | {"guess": 0.5612}
+    assert "is right at most 56.2 % of the time" in " ".join(summary(Result.model_validate(single)))
+
+
+def test_an_event_that_the_public_package_does_not_know_gets_no_script(single: dict[str, Any]) -> None:
+    promise = single["runs"][0]["privacy"]
+    promise["event"] = {"type": "ComposedDpEvent", "events": [{"type": "RenyiFilterDpEvent", "order": 8, "rdp": 0.1}]}
+    promise["accountants"] = {"pld": None, "rdp": promise["epsilon"]}
+    page = page_of(single)
+    assert "PLDAccountant()" not in page.text
+    assert "no such figure for an event of this kind" in page.text
+    assert "ε by PLD accounting no bound" in page.text
 
 
 def test_the_check_on_the_page_recomputes_epsilon(single: dict[str, Any], tmp_path: Path) -> None:

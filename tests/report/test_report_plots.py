@@ -9,17 +9,20 @@ import matplotlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up_study import risk
 from matplotlib.figure import Figure
 
-from sfumato.report import Result, plots
+from sfumato.report import Privacy, Result, plots
 from sfumato.report.drawing import INK, look_of, percent_axis
 
 SVG = "{http://www.w3.org/2000/svg}"
 ALL = [
     plots.epsilon_over_steps,
+    plots.noise_over_steps,
     plots.accuracy_by_run,
     plots.accuracy_over_epsilon,
     plots.accuracy_by_owner,
+    plots.trade_off,
 ]
 Plot = Callable[[Result], str | None]
 
@@ -82,6 +85,19 @@ def test_only_a_difference_that_can_be_seen_parts_two_lines(mapping: dict[str, A
     points = mapping["curves"]["epsilon_over_steps"]["federated, epsilon 1"]
     points[10][1] -= change
     assert len(curves_of(plots.epsilon_over_steps(Result.model_validate(mapping)))) == lines
+
+
+def test_noise_and_what_is_left_stand_above_each_other_with_every_run_named(result: Result) -> None:
+    svg = plots.noise_over_steps(result)
+    assert {"noise multiplier", "budget left"} <= set(texts(svg))
+    assert {run.name for run in result.private_runs} <= set(texts(svg))
+    assert len(curves_of(svg)) == 2 * 3
+
+
+def test_runs_that_differ_only_in_what_is_left_have_lines_of_their_own(mapping: dict[str, Any]) -> None:
+    for point in mapping["curves"]["left_over_steps"]["federated, epsilon 1"]:
+        point[1] /= 2
+    assert len(curves_of(plots.noise_over_steps(Result.model_validate(mapping)))) == 2 * 4
 
 
 def test_one_kind_keeps_its_colour_and_a_mixture_gets_a_neutral_one(result: Result) -> None:
@@ -206,17 +222,43 @@ def test_many_owners_share_one_panel(mapping: dict[str, Any]) -> None:
 
 def test_without_numbers_there_are_no_plots(single: dict[str, Any]) -> None:
     result = Result.model_validate(single)
-    assert [plot(result) for plot in ALL] == [None] * 4
+    assert [plot(result) for plot in ALL] == [None] * 6
 
 
 def test_one_seed_without_spread_and_one_point_are_drawn(single: dict[str, Any]) -> None:
     single["runs"][0]["metrics"] = {"accuracy": {"mean": 1.0, "sd": 0.0, "seeds": 1, "per_owner": {"a": 1.0}}}
-    single["curves"] = {"epsilon_over_steps": {"only": [[0, 0.0]]}}
+    single["curves"] = {
+        "epsilon_over_steps": {"only": [[0, 0.0]]},
+        "noise_over_steps": {"only": [[1, 2.0]]},
+        "left_over_steps": {"only": [[1, 0.5]]},
+    }
     result = Result.model_validate(single)
-    assert [plot(result) is None for plot in ALL] == [False, True, True, False]
+    assert [plot(result) is None for plot in ALL] == [False, False, True, True, False, True]
     single["runs"].append(single["runs"][0] | {"name": "plain", "mode": "central", "privacy": None})
+    single["runs"][0]["privacy"]["risk"] = risk()
     result = Result.model_validate(single)
     assert all(plot(result) for plot in ALL)
+
+
+def test_promises_that_mean_the_same_share_one_line_and_the_weakest_is_told(result: Result) -> None:
+    svg = plots.trade_off(result)
+    shown = texts(svg)
+    lines = [path for path in curves_of(svg) if path.count("L") > 20]
+    assert len(lines) == len(set(lines)) == 3
+    assert [shown.count(run.name) for run in result.private_runs] == [1] * 6
+    # At epsilon 3 alone, delta + 0.01 e^3.
+    assert {"1 % named wrongly:", "at most 20.1 % found", "guessing"} <= set(shown)
+
+
+def test_a_weaker_promise_lies_lower(result: Result) -> None:
+    def heights(promise: Privacy | None) -> list[float]:
+        assert promise is not None
+        assert promise.risk is not None
+        return [missed for _, missed in promise.risk.curve]
+
+    strict, middle, loose = (heights(run.privacy) for run in result.private_runs[:3])
+    assert all(a >= b >= c for a, b, c in zip(strict, middle, loose, strict=True))
+    assert strict != middle != loose
 
 
 @pytest.mark.parametrize(
@@ -225,10 +267,16 @@ def test_one_seed_without_spread_and_one_point_are_drawn(single: dict[str, Any])
 def test_a_strange_name_stays_text(mapping: dict[str, Any], name: str) -> None:
     old = mapping["runs"][2]["name"]
     mapping["runs"][2]["name"] = name
-    curves = mapping["curves"]["epsilon_over_steps"]
-    curves[name] = curves.pop(old)
+    for curves in mapping["curves"].values():
+        curves[name] = curves.pop(old)
     result = Result.model_validate(mapping)
-    for plot in (plots.epsilon_over_steps, plots.accuracy_by_run, plots.accuracy_by_owner):
+    for plot in (
+        plots.epsilon_over_steps,
+        plots.noise_over_steps,
+        plots.accuracy_by_run,
+        plots.accuracy_by_owner,
+        plots.trade_off,
+    ):
         svg = plot(result)
         assert any(text.rstrip("…") and name.startswith(text.rstrip("…")) for text in texts(svg))
         assert "<script" not in (svg or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -49,6 +50,9 @@ def clip_factors(squared_norms: Tensor, clip_norm: float) -> tuple[Tensor, Tenso
     return factors, ~finite
 
 
+UNCLIPPED = ".unclipped"
+"""The name, which no parameter has, of the coordinate that tells how many units were within the clip norm."""
+
 KINDS = ("flat", "per-layer", "normalised")
 _STABILITY = 0.01  # Bu et al. 2022, who find it good everywhere
 
@@ -63,20 +67,55 @@ class Clipping:
     - "normalised": the whole gradient g becomes C * g / (norm(g) + 0.01), so that no clip norm has to be tuned against the
       size of gradients (automatic clipping, Bu et al. 2022).
 
+    With `counted`, every unit also adds counted * C to one more coordinate if it was within the clip norm, and subtracts as
+    much if it was not. It is part of the same vector, so what a release of it costs is in the same event, and the bound on
+    one unit's part grows to C * sqrt(1 + counted**2) (the indicator is centred as by Andrew et al. 2021).
+
     Args:
         norm: C > 0.
         kind: One of the three.
+        counted: At least 0; above it only with "flat".
 
     Raises:
-        InputError: the kind is unknown, or the norm is not positive.
+        InputError: the kind is unknown, the norm is not positive, or units are to be counted that another kind clips.
     """
 
     norm: float
     kind: str = "flat"
+    counted: float = 0.0
 
     def __post_init__(self) -> None:
         _checks.positive("clip norm", self.norm)
         check_kind(self.kind)
+        if _checks.non_negative("counted", self.counted) and self.kind != "flat":
+            raise InputError(
+                f'Only flat clipping tells who was within the norm, not "{self.kind}"; use "flat" or a fixed clip norm.'
+            )
+
+    @property
+    def bound(self) -> float:
+        """The bound on one unit's part, in l2 norm."""
+        return self.norm * math.hypot(1.0, self.counted)
+
+    def count(self, factors: Tensor, broken: Tensor) -> Tensor:
+        """Return what the units add to the coordinate `UNCLIPPED`, a scalar, float64.
+
+        Args:
+            factors: Of each unit, shape (units,), float64.
+            broken: The units that were left out, shape (units,), bool; they add nothing.
+        """
+        signs = torch.where(factors >= 1, 1.0, -1.0).to(torch.float64).masked_fill(broken, 0.0)
+        return signs.sum() * (self.counted * self.norm * _MARGIN)
+
+    def share_within(self, released: float, expected: float) -> float:
+        """Return the share of units within the norm that a released count tells, in [0, 1] whatever the noise.
+
+        Args:
+            released: The coordinate `UNCLIPPED` after the noise.
+            expected: The public number of units that were expected.
+        """
+        centred = released / (2 * self.counted * self.norm * _MARGIN * expected)
+        return min(1.0, max(0.0, 0.5 + centred))
 
     def factors(
         self, squared: Mapping[str, Tensor], parameters: Iterable[str]
@@ -112,9 +151,11 @@ def clip_vector(vector: Tensors, clipping: Clipping) -> tuple[Bounded, bool]:
     """
     wide = {name: tensor.detach().to(torch.float64) for name, tensor in vector.items()}
     factors, broken = clipping.factors({n: tensor.square().sum().reshape(1) for n, tensor in wide.items()}, wide)
-    if bool(broken):
-        return Bounded({name: torch.zeros_like(tensor) for name, tensor in wide.items()}, clipping.norm), False
-    return Bounded({name: tensor * factors[name][0] for name, tensor in wide.items()}, clipping.norm), True
+    finite = not bool(broken)
+    clipped = {name: tensor * factors[name][0] if finite else torch.zeros_like(tensor) for name, tensor in wide.items()}
+    if clipping.counted:
+        clipped[UNCLIPPED] = clipping.count(next(iter(factors.values())), broken)
+    return Bounded(clipped, clipping.bound), finite
 
 
 def check_kind(kind: str) -> str:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sfumato.errors import UnsupportedModelError
 from sfumato.gradients.clipped import ClippedSum, Loss
-from sfumato.gradients.clipping import MAX_UNITS, Clipping
+from sfumato.gradients.clipping import MAX_UNITS, UNCLIPPED, Clipping
 from sfumato.gradients.support import check_model, refuse_memories, running, trainable
 from sfumato.privacy.bounded import Bounded
 
@@ -30,7 +30,7 @@ def clipped_gradient_sum(
 ) -> ClippedSum:
     """Return the sum of the records' clipped gradients.
 
-    **Guarantee**: adding or removing one record moves the sum by at most `clipping.norm` in l2 norm over all trainable
+    **Guarantee**: adding or removing one record moves the sum by at most `clipping.bound` in l2 norm over all trainable
     parameters together, whatever that record holds. The rounding of the float64 sum is covered; the rounding inside the
     model is not: float kernels may round one record differently beside others, which moves a smooth model by about
     1e-6 of the clip norm a record, and an input that lies on the very edge of a ReLU by more.
@@ -81,7 +81,7 @@ def clipped_gradient_sum(
 
     per_record = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
     detached = {name: tensor.detach() for name, tensor in parameters.items()}
-    nonfinite = 0
+    nonfinite, count = 0, torch.zeros((), dtype=torch.float64)
     for start in range(0, len(features), microbatch):
         part = slice(start, start + microbatch)
         # The fused attention kernels have no batched form, and torch would warn.
@@ -95,4 +95,7 @@ def clipped_gradient_sum(
             # 0 * NaN is NaN, so broken records are taken out before the weighted sum.
             kept = torch.where(broken.view(-1, *[1] * (gradient.dim() - 1)), 0.0, gradient.to(torch.float64))
             total[name] += torch.tensordot(factors[name], kept, dims=1)
-    return ClippedSum(Bounded(total, clipping.norm), nonfinite)
+        count += clipping.count(next(iter(factors.values())), broken)
+    if clipping.counted:
+        total[UNCLIPPED] = count
+    return ClippedSum(Bounded(total, clipping.bound), nonfinite)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedModelError
 from sfumato.gradients.clipped import ClippedSum, Loss
-from sfumato.gradients.clipping import MAX_UNITS, Clipping
+from sfumato.gradients.clipping import MAX_UNITS, UNCLIPPED, Clipping
 from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.gradients.rules import RULES, TOGETHER, otherwise
 from sfumato.gradients.strategies import CHOICES
@@ -80,14 +80,16 @@ class PrivateGradient:
         self._plain_per_record = 0.0
         self._space = space or Workspace()
 
-    def sum(self, features: Tensor, targets: Tensor) -> ClippedSum:
+    def sum(self, features: Tensor, targets: Tensor, clipping: Clipping | None = None) -> ClippedSum:
         """Return the clipped sum.
 
         Args:
             features: Shape (batch, ...), or (batch, views, ...).
             targets: Shape (batch, ...).
+            clipping: In place of the one that was given at first.
         """
         with self._space.lock:
+            self._clipping = clipping or self._clipping
             return self._sum(features, targets)
 
     def _sum(self, features: Tensor, targets: Tensor) -> ClippedSum:
@@ -107,7 +109,12 @@ class PrivateGradient:
         for name, parameter in parameters.items():
             if name not in total:
                 total[name] = torch.zeros_like(parameter, dtype=torch.float64)
-        return ClippedSum(Bounded({name: total[name] for name in parameters}, self._clipping.norm), nonfinite)
+        # In the order of the parameters, whichever was first reached.
+        value = {name: total[name] for name in parameters}
+        if self._clipping.counted:
+            like = next(iter(value.values()))  # in whose dtype and place the whole vector is noised
+            value[UNCLIPPED] = total.get(UNCLIPPED, torch.zeros(())).to(like)
+        return ClippedSum(Bounded(value, self._clipping.bound), nonfinite)
 
     def microbatch(self, batch: int, left: int) -> int:
         """Return how many of the `left` records of a batch are taken next."""
@@ -171,6 +178,8 @@ class PrivateGradient:
                 return 0
             factors, broken = self._clipping.factors({name: part.squared for name, part in parts.items()}, parameters)
             weightings = _weightings(factors, broken)
+            if self._clipping.counted:
+                self._count(total, next(iter(factors.values())), broken)
 
             def add(name: str, sums: Tensor) -> None:
                 if name in total:
@@ -189,6 +198,11 @@ class PrivateGradient:
                 else:
                     add(name, part.weighted_sum(weightings[name]))
         return int(broken.sum())
+
+    def _count(self, total: dict[str, Tensor], factors: Tensor, broken: Tensor) -> None:
+        """Add the number of records within the clip norm, centred, to `total`."""
+        count = self._clipping.count(factors, broken)
+        total[UNCLIPPED] = total[UNCLIPPED] + count if UNCLIPPED in total else count
 
     def forward(self, parameters: dict[str, Tensor], features: Tensor, targets: Tensor) -> tuple[Tape, Tensor]:
         """Return the tape of one forward and the loss of every record, shape (records,)."""

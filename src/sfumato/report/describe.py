@@ -12,9 +12,14 @@ from typing import Any
 import torch
 
 from sfumato.learning.plan import Plan
+from sfumato.learning.training import Step
 from sfumato.privacy import events
+from sfumato.privacy.books import Entry
 from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.meaning import meaning
 from sfumato.privacy.statement import PrivacyStatement
+
+_POINTS = 64
 
 
 def privacy_of(plan: Plan, statement: PrivacyStatement, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -28,9 +33,23 @@ def privacy_of(plan: Plan, statement: PrivacyStatement, extra: Sequence[str] = (
         "clip_norm": plan.clip,
         "sampling": {"kind": plan.sampler.kind, "rate": plan.sampler.rate},
         "steps": plan.steps,
-        "accountants": {"pld": statement.spending.pld, "rdp": _finite(statement.spending.rdp)},
+        "accountants": {"pld": _finite(statement.spending.pld), "rdp": _finite(statement.spending.rdp)},
         "event": events.to_dict(statement.event),
         "not_covered": [*statement.not_covered, *extra],
+        "risk": meaning(statement).to_dict(),
+    }
+
+
+def curves_of(plan: Plan, name: str, steps: Sequence[Step]) -> dict[str, Any]:
+    """Return the `curves` part of a result for one private run: epsilon, noise and what is left, at up to 64 of its steps."""
+    shown = steps[:: max(1, len(steps) // _POINTS)]
+    if steps and shown[-1] is not steps[-1]:
+        shown = [*shown, steps[-1]]
+    points = sorted({0, *(math.ceil(plan.steps * part / 16) for part in range(1, 17))})
+    return {
+        "epsilon_over_steps": {name: [(step, plan.epsilon_after(step)) for step in points]},
+        "noise_over_steps": {name: [(step.index, step.noise_multiplier) for step in shown]},
+        "left_over_steps": {name: [(step.index, min(1.0, step.left)) for step in shown]},
     }
 
 
@@ -54,9 +73,17 @@ def ledger_extract(ledger: Ledger, dataset: str | None = None) -> dict[str, Any]
         "path": "memory" if ledger.path is None else ledger.path.name,
         "digest": entries[-1].digest if entries else ledger.digest,
         "entries": [
-            {name: getattr(entry, name) for name in fields} for entry in entries if dataset in (None, entry.dataset)
+            {name: getattr(entry, name) for name in fields} | _more(entry)
+            for entry in entries
+            if dataset in (None, entry.dataset)
         ],
     }
+
+
+def _more(entry: Entry) -> dict[str, Any]:
+    """Return what only some rows say: how a Renyi filter counts them, and whose share a grant caps."""
+    renyi = {"renyi_order": entry.renyi_order, "rdp": entry.rdp} if entry.renyi_order else {}
+    return renyi | ({"user": entry.user} if entry.user else {})
 
 
 def describe_machine() -> str:

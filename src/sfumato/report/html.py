@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from sfumato._numbers import bound, number, percent, percent_bound
 from sfumato.errors import InputError
 from sfumato.privacy.budget import Relation, Unit
+from sfumato.privacy.meaning import FALSE_POSITIVE_RATES, in_words, share_bound
 from sfumato.report import plots
 from sfumato.report.result import LedgerEntry, Privacy, Result, Run, exact_sum, write_text_atomically
 
@@ -50,6 +51,7 @@ def render(result: Result) -> str:
         "number": number,
         "percent": percent,
         "percent_bound": percent_bound,
+        "share_bound": share_bound,
         "exact": repr,
         "tied": tied,
     }
@@ -65,16 +67,26 @@ def render(result: Result) -> str:
         units=_UNITS,
         neighbours=_neighbours(result.private_runs),
         promises=_promises(result.private_runs),
+        rates=FALSE_POSITIVE_RATES,
+        weakest=_weakest(result.private_runs),
         together=_together(result.private_runs),
         gaps=_gaps(result.private_runs),
         plots=_plots(result),
         scored=[run for run in result.runs if run.metrics.accuracy is not None],
         spending=_of_kind(ledger.entries, {"grant", "charge"}) if ledger else [],
-        bookkeeping=_of_kind(ledger.entries, {"lease", "pause"}) if ledger else [],
+        bookkeeping=_of_kind(ledger.entries, {"lease", "pause", "settle"}) if ledger else [],
         verify=f"sfumato ledger verify {shlex.quote(ledger.path)} --digest {ledger.digest}" if ledger else "",
         long_table=LONG_TABLE,
         event_json=lambda privacy: json.dumps(privacy.event, indent=2, ensure_ascii=False),
+        is_public=lambda privacy: _kinds(privacy.event) <= _PUBLIC_KINDS,
     )
+
+
+# What the PLD accountant of `dp-accounting` knows.
+_PUBLIC_KINDS: Final = {
+    *("NoOpDpEvent", "GaussianDpEvent", "LaplaceDpEvent", "PoissonSampledDpEvent"),
+    *("SelfComposedDpEvent", "ComposedDpEvent", "TruncatedSubsampledGaussianDpEvent"),
+}
 
 
 def write_report(result: Result, folder: str | Path) -> Path:
@@ -144,7 +156,12 @@ def _who_and_promise(result: Result) -> list[str]:
 
 
 def _guess(privacy: Privacy) -> str:
-    return percent_bound(guess_bound(privacy.epsilon, privacy.delta))
+    return percent_bound(_chance(privacy))
+
+
+def _chance(privacy: Privacy) -> float:
+    """Return the bound on a right guess: of the whole trade-off curve if it is known, else of epsilon and delta."""
+    return guess_bound(privacy.epsilon, privacy.delta) if privacy.risk is None else privacy.risk.guess
 
 
 def _price(result: Result) -> list[str]:
@@ -179,13 +196,37 @@ def _neighbours(private: list[Run]) -> list[tuple[str, str, str]]:
     return [(unit, relation, _NEIGHBOURS[relation].format(one=_UNITS[unit])) for unit, relation in pairs]
 
 
-def _promises(private: list[Run]) -> list[tuple[list[str], float, float, float]]:
-    """Group run names by (epsilon, delta), most private first, each with the bound on an attacker's guess."""
-    groups: dict[tuple[float, float], list[str]] = {}
+def _promises(private: list[Run]) -> list[tuple[list[str], Privacy, float]]:
+    """Group run names by what is promised, most private first, each with the bound on an attacker's guess."""
+    groups: dict[tuple[object, ...], tuple[list[str], Privacy]] = {}
     for run in private:
         if run.privacy:
-            groups.setdefault((run.privacy.epsilon, run.privacy.delta), []).append(run.name)
-    return [(names, *promise, guess_bound(*promise)) for promise, names in sorted(groups.items())]
+            same = (run.privacy.epsilon, run.privacy.delta, run.privacy.risk)
+            groups.setdefault(same, ([], run.privacy))[0].append(run.name)
+    ordered = sorted(groups.values(), key=lambda group: (group[1].epsilon, group[1].delta))
+    return [(names, privacy, _chance(privacy)) for names, privacy in ordered]
+
+
+def _weakest(private: list[Run]) -> dict[str, object] | None:
+    """Return the name of the run whose promise an attack can do most with, and what it means in two languages."""
+    known = [(run.name, run.privacy, run.privacy.risk) for run in private if run.privacy and run.privacy.risk]
+    if not known:
+        return None
+    name, privacy, risk = max(known, key=lambda entry: (entry[2].guess, entry[2].shown))
+    english, chinese = (
+        in_words(language, privacy.unit, privacy.relation, risk.guess, risk.shown) for language in ("en", "zh")
+    )
+    return {"name": name, "alone": len(private) == 1, "en": english, "zh": chinese, "basis": risk.basis}
+
+
+def _kinds(tree: object) -> set[str]:
+    """Return the types of all events of an event tree."""
+    if isinstance(tree, list | tuple):
+        return {kind for part in tree for kind in _kinds(part)}
+    if not isinstance(tree, dict):
+        return set()
+    inner = {kind for part in tree.values() for kind in _kinds(part)}
+    return inner | {str(tree["type"])} if "type" in tree else inner
 
 
 def _together(private: list[Run]) -> tuple[float, float, int] | None:
@@ -214,6 +255,8 @@ def _gaps(private: list[Run]) -> list[str]:
 def _plots(result: Result) -> dict[str, str | None]:
     return {
         "steps": plots.epsilon_over_steps(result),
+        "noise": plots.noise_over_steps(result),
+        "trade_off": plots.trade_off(result),
         "runs": plots.accuracy_by_run(result),
         "epsilon": plots.accuracy_over_epsilon(result),
         "owners": plots.accuracy_by_owner(result),

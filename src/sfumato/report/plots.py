@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from sfumato._numbers import bound
+from sfumato._numbers import bound, percent_bound
+from sfumato.privacy.meaning import SHOWN_RATE
 from sfumato.report.drawing import (
     FAINT,
+    INK,
     LOOKS,
     cloud,
     dot,
@@ -32,6 +34,7 @@ MAX_OWNER_PANELS: Final = 12
 COVERS: Final = 1 / 400
 
 _WIDTH: Final = 7.4
+_LINES: Final = ("-", (0, (6, 2)), (0, (6, 2, 1.5, 2)), (0, (1.5, 1.5)))
 _T = TypeVar("_T")
 _Curve = Sequence[tuple[int, float]]
 
@@ -68,6 +71,86 @@ def epsilon_over_steps(result: Result) -> str | None:
         ax.grid(axis="y")
         label_right(ax, labels)
         return svg(figure, "epsilon-over-steps", "Epsilon spent over the steps of the private runs.")
+
+
+def noise_over_steps(result: Result) -> str | None:
+    """Return the noise of each step above the budget that is left after it, a line per run; None if no run has both.
+
+    Runs that do alike share one line.
+    """
+    curves = result.curves
+    if curves is None:
+        return None
+    noise, left = curves.noise_over_steps, curves.left_over_steps
+    runs = [run for run in result.private_runs if noise.get(run.name) and left.get(run.name)]
+    if not runs:
+        return None
+    top = 1.08 * max([*(value for run in runs for _, value in noise[run.name]), 1e-9])
+    groups = _alike(
+        runs,
+        lambda a, b: (
+            _covers(noise[a.name], noise[b.name], COVERS * top) and _covers(left[a.name], left[b.name], COVERS)
+        ),
+    )
+    labels = [
+        [Label(of[group[0].name][-1][1], tuple(run.name for run in group), look_of(group).colour) for group in groups]
+        for of in (noise, left)
+    ]
+    with drawing():
+        figure = Figure(figsize=(_WIDTH, 2 * height_for(labels[0])), layout="constrained")
+        panels = figure.subplots(2, 1, sharex=True)
+        for panel, of, label, high in zip(
+            panels, (noise, left), ("noise multiplier", "budget left"), (top, 1.08), strict=True
+        ):
+            for i, group in enumerate(groups):
+                steps, values = zip(*of[group[0].name], strict=True)
+                panel.plot(steps, values, color=look_of(group).colour, lw=1.6, ls=_LINES[i % len(_LINES)])
+            panel.set(ylabel=label, xlim=(0, None), ylim=(0, high))
+            panel.grid(axis="y")
+        panels[1].set(xlabel="step")
+        panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        for panel, named in zip(panels, labels, strict=True):
+            label_right(panel, named)
+        return svg(figure, "noise-over-steps", "Noise of each step, and the share of the budget left after it.")
+
+
+def trade_off(result: Result) -> str | None:
+    """Return the errors that an attack must make, a line per promise below that of guessing; None without such curves.
+
+    The dots are at the false positive rate of the sentences beside the plot.
+    """
+    known = [(run, run.privacy.risk) for run in result.private_runs if run.privacy and run.privacy.risk]
+    groups = sorted(_alike(known, lambda a, b: a[1] == b[1]), key=lambda group: group[0][1].guess)
+    if not groups:
+        return None
+    labels = [Label(0.0, tuple(run.name for run, _ in one), look_of(run for run, _ in one).colour) for one in groups]
+    with drawing():
+        figure = Figure(figsize=(_WIDTH, height_for(labels, least=4.6)), layout="constrained")
+        ax = figure.add_subplot()
+        for vertical in (False, True):
+            percent_axis(ax, (0.0, 1.0), vertical=vertical)
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        ax.plot((0, 1), (1, 0), color=FAINT, lw=1, ls=(0, (5, 4)))
+        ax.annotate("guessing", (0.72, 0.28), xytext=(5, 5), textcoords="offset points", color=FAINT, fontsize=8)
+        for i, (group, label) in enumerate(zip(groups, labels, strict=True)):
+            risk = group[0][1]
+            wrong, missed = zip(*risk.curve, strict=True)
+            ax.plot(wrong, missed, color=label.colour, lw=1.6, ls=_LINES[i % len(_LINES)], label=str(i))
+            ax.plot(SHOWN_RATE, 1 - risk.shown, color=label.colour, marker="o", ms=6, zorder=3, clip_on=False)
+        weakest = groups[-1][0][1].shown
+        ax.annotate(
+            f"{100 * SHOWN_RATE:g} % named wrongly:\nat most {percent_bound(weakest)} found",
+            (SHOWN_RATE, 1 - weakest),
+            xytext=(0.42, 0.86),
+            fontsize=8.5,
+            arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.7, "shrinkB": 4},
+        )
+        ax.set(xlabel="not used, but named (false positives)", ylabel="used, but not found (false negatives)")
+        legend = ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelspacing=0.9)
+        # Set afterwards, because a legend leaves out what is called "_hidden".
+        for text, label in zip(legend.get_texts(), labels, strict=True):
+            text.set_text("\n".join(short(name) for name in label.names))
+        return svg(figure, "trade-off", "The least false negative rate of any attack, over its false positive rate.")
 
 
 def accuracy_by_run(result: Result) -> str | None:

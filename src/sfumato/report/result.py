@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -26,7 +27,10 @@ from sfumato import _checks
 from sfumato._files import replace_file
 from sfumato.data.schema import validated
 from sfumato.errors import InputError
+from sfumato.privacy import renyi
 from sfumato.privacy.budget import Relation, Unit
+from sfumato.privacy.exact import exact, rounded_up
+from sfumato.privacy.meaning import FALSE_POSITIVE_RATES, SHOWN_RATE, Basis
 
 PRIVATE = "-private"
 Mode = Literal["alone", "pooled", "pooled-private", "federated", "federated-private", "central", "central-private"]
@@ -99,22 +103,55 @@ class Sampling(_Model):
 
 
 class Accountants(_Model):
-    """Epsilon by two accountants; `rdp` is None where that accountant has no bound for the event."""
+    """Epsilon by two accountants; None where one of them has no bound for the event."""
 
-    pld: NonNegative
+    pld: NonNegative | None
     rdp: NonNegative | None
 
     @property
     def agree(self) -> bool:
         """Whether the looser second opinion lies, as it must, not below the claim."""
-        return self.rdp is None or self.rdp >= self.pld
+        return self.rdp is None or self.pld is None or self.rdp >= self.pld
+
+
+class Risk(_Model):
+    """What a promise means for an attack on one unit, as `Meaning.to_dict` writes it; every number is an upper bound.
+
+    `success` holds (false positive rate, largest true positive rate), `curve` (false positive rate, least false negative
+    rate); `basis` says whether they follow from the privacy loss distribution or from epsilon and delta alone.
+    """
+
+    advantage: Share
+    guess: Share
+    certainty: Share
+    success: tuple[tuple[Share, Share], ...]
+    curve: Annotated[tuple[tuple[Share, Share], ...], Field(min_length=2)]
+    basis: Basis
+
+    @model_validator(mode="after")
+    def _no_worse_than_guessing(self) -> Self:
+        if tuple(rate for rate, _ in self.success) != FALSE_POSITIVE_RATES:
+            raise ValueError(f"success must be given at the false positive rates {FALSE_POSITIVE_RATES}")
+        # One part in a thousand million for rounding: attacks that guess meet these bounds exactly.
+        if min(self.guess, self.certainty) < 0.5 or any(found < rate * (1 - 1e-9) for rate, found in self.success):
+            raise ValueError("a bound on attacks lies below what guessing reaches; give what `meaning` says")
+        rates = [rate for rate, _ in self.curve]
+        if rates != sorted(rates) or any(rate + missed > 1 + 1e-9 for rate, missed in self.curve):
+            raise ValueError("the curve must go from left to right, below that of guessing; give what `meaning` says")
+        return self
+
+    @property
+    def shown(self) -> float:
+        """The largest true positive rate at 1 % false positives."""
+        return dict(self.success)[SHOWN_RATE]
 
 
 class Privacy(_Model):
     """What one private run promises and how that was reached.
 
     `event` is the accounting event tree as a JSON object; `not_covered` are sentences about what the promise
-    leaves out. The claimed epsilon may not lie below what the PLD accountant proved.
+    leaves out. The claimed epsilon may not lie below what the PLD accountant proved, or where it has no bound, the RDP one.
+    `risk` is what the promise means for an attack; None in a result that was written without it.
     """
 
     epsilon: NonNegative
@@ -128,13 +165,16 @@ class Privacy(_Model):
     accountants: Accountants
     event: dict[str, JsonValue]
     not_covered: tuple[str, ...]
+    risk: Risk | None = None
 
     @model_validator(mode="after")
     def _claim_is_proved(self) -> Self:
-        if self.epsilon < self.accountants.pld:
+        name, proved = ("RDP", self.accountants.rdp) if self.accountants.pld is None else ("PLD", self.accountants.pld)
+        if proved is None:
+            raise ValueError("accountants prove nothing; give what one of them says")
+        if self.epsilon < proved:
             raise ValueError(
-                f"epsilon {self.epsilon!r} is below the {self.accountants.pld!r} that the PLD accountant "
-                "proved; claim at least that"
+                f"epsilon {self.epsilon!r} is below the {proved!r} that the {name} accountant proved; claim at least that"
             )
         return self
 
@@ -169,17 +209,24 @@ class DatasetInfo(_Model):
 
 
 class LedgerEntry(_Model):
-    """One row of the ledger; only a grant and a charge carry an epsilon and a delta that count."""
+    """One row of the ledger; only a grant and a charge carry an epsilon and a delta that count.
+
+    Under Renyi composition a charge and a settle carry a divergence `rdp` at one order, which is what adds up. A grant with a
+    `user` caps only that user's share.
+    """
 
     seq: Index
     at: Moment
-    kind: Literal["grant", "charge", "lease", "pause"]
+    kind: Literal["grant", "charge", "lease", "pause", "settle"]
     dataset: Name
     run: str
     epsilon: NonNegative
     delta: Share
     purpose: str
     by: str
+    renyi_order: Index | None = None
+    rdp: NonNegative | None = None
+    user: str | None = None
 
 
 class LedgerTotal(_Model):
@@ -207,26 +254,48 @@ class LedgerExtract(_Model):
         return path
 
     def totals(self) -> list[LedgerTotal]:
-        """Return the exact sums of all charges (basic composition), one per data set, by name."""
+        """Return what all charges cost together, one total per data set, by name.
+
+        Under basic composition these are their exact sums; under Renyi composition, what the sum of the divergences keeps at
+        the delta of the cap.
+        """
         return [self._total(dataset) for dataset in sorted({entry.dataset for entry in self.entries})]
 
     def _total(self, dataset: str) -> LedgerTotal:
         rows = [entry for entry in self.entries if entry.dataset == dataset]
         charges = [entry for entry in rows if entry.kind == "charge"]
-        grant = next((entry for entry in reversed(rows) if entry.kind == "grant"), None)
+        grant = next((entry for entry in reversed(rows) if entry.kind == "grant" and not entry.user), None)
+        epsilon = exact_sum((entry.epsilon, 1) for entry in charges)
+        delta = exact_sum((entry.delta, 1) for entry in charges)
+        if grant is not None and grant.renyi_order:
+            # The last word on each run is what it cost.
+            divergences = {entry.run: entry.rdp or 0.0 for entry in rows if entry.kind in ("charge", "settle")}
+            spent = rounded_up(sum(map(exact, divergences.values()), Fraction(0)))
+            epsilon = renyi.epsilon(grant.renyi_order, spent, grant.delta)
+            delta = grant.delta if spent else 0.0
         return LedgerTotal(
             dataset=dataset,
-            epsilon=exact_sum((entry.epsilon, 1) for entry in charges),
-            delta=exact_sum((entry.delta, 1) for entry in charges),
+            epsilon=epsilon,
+            delta=delta,
             epsilon_cap=grant.epsilon if grant else None,
             delta_cap=grant.delta if grant else None,
         )
 
 
 class Curves(_Model):
-    """What is plotted over time: for each run name the points (step, epsilon spent so far)."""
+    """What is plotted over time, for each run name, as points of a step and a number.
+
+    The number is the epsilon spent so far, the noise multiplier of the step, or the share of the budget that is left after it.
+    """
 
     epsilon_over_steps: dict[Name, tuple[tuple[Index, NonNegative], ...]] = Field(default_factory=dict)
+    noise_over_steps: dict[Name, tuple[tuple[Index, NonNegative], ...]] = Field(default_factory=dict)
+    left_over_steps: dict[Name, tuple[tuple[Index, Share], ...]] = Field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Every run that has a curve, once."""
+        return list({**self.epsilon_over_steps, **self.noise_over_steps, **self.left_over_steps})
 
 
 class Result(_Model):
@@ -247,7 +316,7 @@ class Result(_Model):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f'two runs are called "{twice[0]}"; give every run its own name')
-        for name in self.curves.epsilon_over_steps if self.curves else ():
+        for name in self.curves.names if self.curves else ():
             if name not in names:
                 raise ValueError(f'curves name "{name}", which is no run.{_checks.did_you_mean(name, names)}')
         return self
