@@ -150,7 +150,10 @@ def plan(
     batch_size: Annotated[int, typer.Option(help="The expected number of units in a step.")],
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the population, in place of steps.")] = None,
-    sampling: Annotated[str, typer.Option(help="poisson, shuffled or full-batch.")] = "poisson",
+    sampling: Annotated[
+        str, typer.Option(help="poisson, truncated-poisson, random-allocation, shuffled or full-batch.")
+    ] = "poisson",
+    max_batch: Annotated[int | None, typer.Option(help="The largest batch of truncated-poisson.")] = None,
     unit: Protects = Unit.RECORD.value,
     relation: Neighbours = Relation.ADD_OR_REMOVE_ONE.value,
     as_json: AsJson = False,
@@ -164,7 +167,13 @@ def plan(
 
     start = time.perf_counter()
     found = Plan.calibrate(
-        budget, population=population, batch_size=batch_size, steps=steps, epochs=epochs, sampling=sampling
+        budget,
+        population=population,
+        batch_size=batch_size,
+        steps=steps,
+        epochs=epochs,
+        sampling=sampling,
+        max_batch=max_batch,
     )
     spent, seconds = found.spending, time.perf_counter() - start
     if as_json:
@@ -385,3 +394,7 @@ def _console() -> Console:
 
 def _last_line(message: str) -> None:
     typer.echo(f"sfumato: {message}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -491,3 +491,25 @@ def test_many_classes_leave_the_confusion_matrix_out_of_the_print() -> None:
 
 def test_votes_are_a_power_of_two_so_that_counts_come_back_exactly() -> None:
     assert math.frexp(VOTES)[0] == 0.5
+
+
+class Remembers(torch.nn.Module):
+    """Cannot be run under vmap, and scores by how much it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += float(x.sum())
+        return torch.stack([x.sum(1) * 0 + self.seen, -x.sum(1) * 0 - self.seen], 1)
+
+
+def test_a_model_with_a_memory_cannot_carry_one_record_to_the_next() -> None:
+    features = torch.ones(50, 3)
+    targets = torch.zeros(50, dtype=torch.int64)
+    clean = sf.evaluate(Remembers(), sf.Records.from_arrays(features, targets), classes=("a", "b"))
+    features[0] = -1e6
+    poisoned = sf.evaluate(Remembers(), sf.Records.from_arrays(features, targets), classes=("a", "b"))
+    assert clean.accuracy.value == pytest.approx(1.0)
+    assert poisoned.accuracy.value == pytest.approx(49 / 50)

@@ -201,14 +201,29 @@ class Greedy(ReleasedPolicy):
         return 1e-3
 
 
+class Hungry(ReleasedPolicy):
+    """Wants twice of what is even."""
+
+    def noise(self, now: Outlook, seen: Sequence[Signal]) -> float:
+        return 0.7 * now.first
+
+
+class Even(ReleasedPolicy):
+    """Looks at nothing, and is held by the filter all the same."""
+
+    def noise(self, now: Outlook, seen: Sequence[Signal]) -> float:
+        return now.even
+
+
 class Never(ReleasedPolicy):
     def noise(self, now: Outlook, seen: Sequence[Signal]) -> None:
         return None
 
 
 @pytest.mark.parametrize("batch", [60, 10])
-def test_a_greedy_policy_gets_no_more_than_the_budget(batch: int) -> None:
-    plan, result, steps = trained(Greedy(), batch=batch)
+def test_a_hungry_policy_gets_no_more_than_the_budget(batch: int) -> None:
+    plan, result, steps = trained(Hungry(), batch=batch)
+    assert 0 < len(steps) < 12
     assert plan.filter is not None
     total = math.fsum(plan.filter.cost(step.noise_multiplier) for step in steps)
     assert total <= plan.filter.cap
@@ -248,9 +263,7 @@ def test_a_basic_ledger_keeps_the_whole_charge_of_a_run_that_stopped_early() -> 
 
 def stepped(folder: Path, ledger: sf.Ledger, *, resume: bool = False) -> Training:
     records, model = toy_records(), toy_model()
-    plan = sf.Plan.calibrate(
-        Budget(1.0, 1e-3), population=60, batch_size=10, steps=12, noise=SignalToNoise(window=1), order=12
-    )
+    plan = sf.Plan.calibrate(Budget(1.0, 1e-3), population=60, batch_size=10, steps=12, noise=Even(), order=12)
     keep = sf.Checkpoint(folder / "run.pt", every=4, resume=resume)
     return sf.steps(
         model, records, plan, loss=LOSS, optimizer=sgd(model), ledger=ledger, dataset="toy", checkpoint=keep
@@ -283,3 +296,68 @@ def test_steps_that_were_lost_in_a_crash_end_a_run_whose_noise_was_chosen_from_r
     with pytest.raises(CheckpointError, match="start a new run"):
         list(stepped(tmp_path, ledger, resume=True))
     assert ledger.balance("toy").spent_epsilon == pytest.approx(first.result().privacy.epsilon, rel=1e-3)
+
+
+# What a hostile reader found.
+
+
+def test_a_schedule_of_rates_is_refused_beside_a_policy_that_looks_at_results() -> None:
+    # Every step was priced at the rate of the first: epsilon 2 was claimed for 9.3.
+    with pytest.raises(PlanError, match="one sampling rate for all steps"):
+        sf.Plan.calibrate(
+            Budget(2.0, 1e-5),
+            population=10_000,
+            batch_size=100,
+            steps=50,
+            noise=StopWhenFlat(),
+            rates=sf.Linear(1.0, 20.0),
+        )
+    sampler = Poisson(0.01, tuple(1.0 + step for step in range(50)))
+    with pytest.raises(PlanError, match="one sampling rate for all steps"):
+        sf.Plan(Budget(2.0, 1e-5), sampler, 1.0, 5.0, 50, 10_000, noise=StopWhenFlat())
+
+
+def test_a_schedule_of_rates_goes_with_a_public_policy() -> None:
+    plan = sf.Plan.calibrate(
+        Budget(2.0, 1e-5), population=1000, batch_size=50, steps=20, noise=Decay(2.0), rates=sf.Linear(0.5, 1.5)
+    )
+    assert plan.spending.epsilon <= 2.0
+
+
+@pytest.mark.parametrize("order", [None, 12])
+def test_sampled_steps_under_a_filter_are_refused_for_replace_one(order: int | None) -> None:
+    budget = Budget(2.0, 1e-5, relation="replace-one")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="only accounted for add-or-remove-one"):
+        sf.Plan.calibrate(budget, population=1000, batch_size=50, steps=20, noise=StopWhenFlat(), order=order)
+
+
+def test_full_batches_under_a_filter_keep_replace_one() -> None:
+    budget = Budget(2.0, 1e-5, relation="replace-one")  # type: ignore[arg-type]
+    plan = sf.Plan.calibrate(budget, population=100, batch_size=100, steps=20, noise=StopWhenFlat())
+    assert 1.99 <= plan.spending.epsilon <= 2.0
+
+
+def test_a_first_answer_beyond_the_budget_is_told_and_charges_nothing() -> None:
+    ledger = sf.Ledger.in_memory()
+    ledger.grant("toy", Budget(2.0, 1e-2))
+    with pytest.raises(PlanError, match="Answer with about"):
+        trained(Greedy(), ledger=ledger)
+    assert ledger.balance("toy").spent_epsilon == 0
+
+
+@pytest.mark.parametrize("wrong", ["2", [1.0], True, 1e300])
+def test_an_answer_of_another_kind_is_refused(wrong: object) -> None:
+    with pytest.raises(PlanError, match="answered with the noise multiplier"):
+        Purse(FILTERS["poisson"], 50).pay(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"noise": 2.0}, "noise must be"), ({"noise": SpendEvenly}, "noise must be"), ({"clips": 0.5}, "clips must be"),
+     ({"rates": Decay()}, "rates must be"), ({"sampling": Poisson(0.1)}, "is unknown"),
+     ({"sampling": "truncated-poisson", "max_batch": 5}, "below batch_size"),
+     ({"rates": sf.Linear(1.0, 30.0)}, "schedule of rates asks for a sampling rate")],
+)  # fmt: skip
+def test_arguments_of_another_kind_are_named(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(sf.SfumatoError, match=message):
+        sf.Plan.calibrate(Budget(1.0, 1e-5), population=100, batch_size=10, steps=5, **wrong)  # type: ignore[arg-type]

@@ -140,7 +140,8 @@ class Poisson(Sampler):
         factors: By which the rate of each step is multiplied; empty for always 1.
 
     Raises:
-        InputError: a rate is not in (0, 1].
+        InputError: the rate is not in (0, 1].
+        PlanError: a factor takes it out of there.
     """
 
     sampling_rate: float
@@ -149,8 +150,13 @@ class Poisson(Sampler):
 
     def __post_init__(self) -> None:
         _checks.fraction("sampling_rate", self.sampling_rate, allow_one=True)
-        for factor in set(self.factors):
-            _checks.fraction("sampling_rate", self.sampling_rate * factor, allow_one=True)
+        for step, factor in enumerate(self.factors):
+            if not 0 < self.sampling_rate * factor <= 1:
+                raise PlanError(
+                    f"The schedule of rates asks for a sampling rate of {self.sampling_rate * factor:.4g} in step {step + 1}, "
+                    f"{factor:.4g} times the {self.sampling_rate:.4g} of the plan; keep it in (0, 1] with a smaller "
+                    "batch_size or smaller rates."
+                )
 
     @property
     def rate(self) -> float:

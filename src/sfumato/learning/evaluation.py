@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -269,7 +270,8 @@ def _forward(model: nn.Module, made_up: Tensor) -> tuple[Forward, int]:
             return vmap(one, randomness="different")(features)
 
     def one_by_one(features: Tensor) -> Any:
-        return torch.stack([one(feature) for feature in features])
+        # A fresh copy for each record, so that nothing the model keeps of one reaches another.
+        return torch.stack([copy.deepcopy(model)(feature.unsqueeze(0)) for feature in features])
 
     failure: Exception | None = None
     for way in (at_once, one_by_one):

@@ -23,8 +23,9 @@ from sfumato.data.sampling import FullBatch, Poisson, Sampler
 from sfumato.errors import PlanError
 from sfumato.learning.policies import Outlook, PublicPolicy, ReleasedPolicy, Signal
 from sfumato.privacy import events, renyi
-from sfumato.privacy.budget import Budget
+from sfumato.privacy.budget import Budget, Relation
 from sfumato.privacy.calibration import calibrate
+from sfumato.privacy.mechanisms import LARGEST_MULTIPLIER
 
 _FINEST = 1.005  # between neighbouring noise multipliers that a run uses, so that few costs have to be worked out
 _WIDEST = 64.0  # how far from the even noise they reach, either way
@@ -47,6 +48,13 @@ class Filter:
     order: int | None
     cap: float
 
+    def __post_init__(self) -> None:
+        if isinstance(self.sampler, Poisson) and self.sampler.factors:
+            raise PlanError(
+                "A policy that looks at released results needs one sampling rate for all steps; leave rates out, or "
+                "use a schedule of noise."
+            )
+
     @classmethod
     def of(cls, budget: Budget, sampler: Sampler, steps: int, order: int | None = None) -> Filter:
         """Return the filter for a budget, in the currency that lets `steps` equal steps have the least noise.
@@ -58,7 +66,8 @@ class Filter:
             order: A Renyi order to use in any case, for example that of the ledger's account.
 
         Raises:
-            PlanError: the sampler is of a kind whose single steps have no cost of their own.
+            PlanError: the sampler is of a kind whose single steps have no cost of their own, or not the same one, or
+                samples under another relation than add-or-remove-one.
         """
         if order is None and isinstance(sampler, FullBatch):
             one = calibrate(events.gaussian, budget).noise_multiplier
@@ -66,6 +75,10 @@ class Filter:
         if not isinstance(sampler, Poisson | FullBatch):
             raise PlanError(
                 f'A policy that looks at released results needs "poisson" or "full-batch" sampling, not "{sampler.kind}".'
+            )
+        if isinstance(sampler, Poisson) and budget.relation is not Relation.ADD_OR_REMOVE_ONE:
+            raise PlanError(
+                "Sampled steps under a filter are only accounted for add-or-remove-one; use that relation, or full batches."
             )
         if order is not None:
             return cls(sampler, order, renyi.cap(order, budget.epsilon, budget.delta))
@@ -126,10 +139,7 @@ class Purse:
         It is the proposed one, or the next that the filter knows above it, or the least that is affordable. Where that is more
         than 1.5 times the proposed one, the run is over.
         """
-        if not math.isfinite(proposed) or proposed <= 0:
-            raise PlanError(
-                f"The policy answered with the noise multiplier {proposed!r}; it must be finite and above 0."
-            )
+        _check_answer(proposed)
         affordable = self._affordable(self._filter.cap - self.spent)
         if affordable is None or affordable > _USEFUL * max(proposed, self._noises[0]):
             return None
@@ -159,15 +169,31 @@ def rollout(policy: PublicPolicy, filter: Filter, steps: int) -> tuple[float, ..
     answers = []
     for step in range(steps):
         wanted = policy.noise(purse.outlook(step))
-        purse.pay(wanted)  # checks it; where nothing is left, the plan's own scaling makes room
+        purse.pay(wanted)  # where nothing is left, the plan's own scaling makes room
         answers.append(float(wanted))
     return tuple(answers)
 
 
 def ask(policy: ReleasedPolicy, purse: Purse, step: int, seen: Sequence[Signal]) -> float | None:
     """Return the noise multiplier of step `step`, paid for, or None if the run ends here."""
-    wanted = policy.noise(purse.outlook(step), seen)
-    return None if wanted is None else purse.pay(wanted)
+    now = purse.outlook(step)
+    wanted = policy.noise(now, seen)
+    noise = None if wanted is None else purse.pay(wanted)
+    if noise is None and wanted is not None and step == 0:
+        raise PlanError(
+            f"The policy asked for the noise multiplier {wanted:.4g} in the first step, and the budget does not reach for "
+            f"a single step of it. Answer with about now.even, which is {now.even:.4g}."
+        )
+    return noise
+
+
+def _check_answer(answer: object) -> None:
+    number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    if not number or not 1e-9 <= float(answer) <= LARGEST_MULTIPLIER:  # type: ignore[arg-type]
+        raise PlanError(
+            f"The policy answered with the noise multiplier {answer!r}; it must be a number above 0 and at most "
+            f"{LARGEST_MULTIPLIER:g}, and usually lies near now.even."
+        )
 
 
 def _affordable(budget: Budget) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sfumato.learning.filters import Filter, rollout
 from sfumato.learning.policies import PublicPolicy, ReleasedPolicy
 from sfumato.learning.terms import Terms
 from sfumato.privacy import accounting, calibration, events
-from sfumato.privacy.budget import Budget
+from sfumato.privacy.budget import Budget, Relation
 from sfumato.privacy.mechanisms import LARGEST_MULTIPLIER
 from sfumato.privacy.schedules import Constant, Schedule
 
@@ -85,8 +86,7 @@ class Plan:
             if self.noise != _CONSTANT or self.clips != _CONSTANT:
                 raise PlanError("An infinite epsilon means plain training, without noise or clipping to be scheduled.")
             return
-        if not isinstance(self.noise, Schedule | PublicPolicy | ReleasedPolicy):
-            raise PlanError(f"noise must be a schedule or a policy, not {type(self.noise).__name__}.")
+        _check_shapes(self.noise, self.clips, _CONSTANT)
         if self.order is not None and not isinstance(self.noise, ReleasedPolicy):
             raise PlanError("order is for policies that look at released results; leave it out.")
         self._check_clip()
@@ -144,6 +144,7 @@ class Plan:
         """
         _checks.count("population", population)
         _checks.count("batch_size", batch_size)
+        _check_shapes(noise, clips, rates)
         count = _steps(steps, epochs, population, batch_size)
         sampler = _sampler(sampling, population, batch_size, max_batch).scheduled(rates, count)
         budget.check_population(population)
@@ -301,20 +302,46 @@ class Plan:
         return json.dumps(self.describe(), sort_keys=True)
 
 
+def _check_shapes(noise: object, clips: object, rates: object) -> None:
+    """Refuse what is no schedule, policy or adaptive clip norm, also a class in place of its instance."""
+    wanted: tuple[tuple[str, object, tuple[type, ...], str], ...] = (
+        (
+            "noise",
+            noise,
+            (Schedule, PublicPolicy, ReleasedPolicy),
+            "a schedule such as Cosine(2, 1) or a policy such as Decay()",
+        ),
+        ("clips", clips, (Schedule, AdaptiveClip), "a schedule such as Linear(1, 0.5), or AdaptiveClip()"),
+        ("rates", rates, (Schedule,), "a schedule such as Linear(0.5, 1.5)"),
+    )
+    for name, given, kinds, say in wanted:
+        if not isinstance(given, kinds):
+            raise PlanError(f"{name} must be {say}, not {given!r}.")
+
+
 def _shape(noise: Schedule | PublicPolicy, budget: Budget, sampler: Sampler, steps: int) -> tuple[float, ...]:
     """Return the noise of each step, up to one factor that they all have in common."""
     if isinstance(noise, Schedule):
         return noise.factors(steps)
-    return rollout(noise, Filter.of(budget, sampler, steps), steps)
+    # Only proportions matter here: what the whole costs is accounted by the sampler itself.
+    like = sampler if isinstance(sampler, FullBatch) else Poisson(sampler.rate)
+    return rollout(
+        noise, Filter.of(dataclasses.replace(budget, relation=Relation.ADD_OR_REMOVE_ONE), like, steps), steps
+    )
 
 
 def _sampler(sampling: str, population: int, batch_size: int, max_batch: int | None) -> Sampler:
-    if sampling not in _SAMPLING:
-        raise PlanError(f"sampling {sampling!r} is unknown.{_checks.did_you_mean(sampling, _SAMPLING)}")
+    if not isinstance(sampling, str) or sampling not in _SAMPLING:
+        raise PlanError(f"sampling {sampling!r} is unknown.{_checks.did_you_mean(str(sampling), _SAMPLING)}")
     if batch_size > population:
         raise PlanError(f"batch_size {batch_size} is larger than the population {population}; choose a smaller one.")
     if (max_batch is None) == (sampling == "truncated-poisson"):
         raise PlanError('max_batch belongs to "truncated-poisson" sampling, and has to be given there.')
+    if max_batch is not None and max_batch < batch_size:
+        raise PlanError(
+            f"max_batch {max_batch} is below batch_size {batch_size}, so nearly every batch would be cut, at many times the "
+            "cost; leave room for about four times the root of batch_size."
+        )
     if sampling == "shuffled":
         return Shuffled(batch_size, population)
     if max_batch is not None:

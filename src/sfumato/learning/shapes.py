@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -62,6 +63,8 @@ def rates_of(settings: Mapping[str, Any] | None) -> Schedule:
 def _made(what: str, settings: Mapping[str, Any] | None, kinds: Mapping[str, type[_T]]) -> _T:
     rest = dict(settings or {"kind": "constant"})
     kind = rest.pop("kind", None)
+    if kind is None:
+        raise InputError(f"{what} needs a kind, one of {', '.join(kinds)}.")
     if kind not in kinds:
         raise InputError(f"{what} of the kind {kind!r} is unknown.{_checks.did_you_mean(str(kind), kinds)}")
     try:
@@ -69,7 +72,6 @@ def _made(what: str, settings: Mapping[str, Any] | None, kinds: Mapping[str, typ
     except SfumatoError:
         raise
     except TypeError:
-        raise InputError(
-            f'{what} of the kind "{kind}" does not take the settings {", ".join(sorted(rest)) or "none"}; its own are those of '
-            f"`sfumato.{kinds[kind].__name__}`."
-        ) from None
+        own = ", ".join(inspect.signature(kinds[kind]).parameters) or "none"
+        given = ", ".join(rest) or "none"
+        raise InputError(f'{what} of the kind "{kind}" takes the settings {own}, not {given}.') from None

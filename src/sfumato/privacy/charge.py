@@ -126,6 +126,7 @@ class Charge:
         | basic composition | refused: an epsilon for a whole run says nothing of a stop that looked at its results |
         | an event that costs more than was charged, or nothing although draws were taken | refused; the run may go on |
         | a run charged as so many equal draws | an event that costs less than those taken is refused as well |
+        | a run of unequal draws that no filter held | once a draw was taken, nothing is given back |
         | a run that went on elsewhere | refused; nothing is given back, and this charge has ended |
         | a second settle, or a settle after a pause | refused |
         | no draw was taken | the event of doing nothing is accepted: everything goes back |

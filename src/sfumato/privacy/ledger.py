@@ -406,8 +406,13 @@ def _cost_of(event: str, order: int, relation: Relation) -> float:
 
 
 def _of_draws(paid: Run, taken: int) -> str:
-    """Return the event of the first `taken` draws if the run was charged as equal draws, else that of doing nothing."""
+    """Return the least that the first `taken` draws can have been: of equal draws, so many of them; of other runs, the whole.
+
+    Only what a filter holds may have been anything within its cap, and only the filter knows.
+    """
     tree = json.loads(paid.event)
-    if taken and tree["type"] == "SelfComposedDpEvent" and tree["count"] == paid.draws:
+    if not taken or tree["type"] in ("RenyiFilterDpEvent", "GaussianDpEvent"):
+        return '{"type": "NoOpDpEvent"}'
+    if tree["type"] == "SelfComposedDpEvent" and tree["count"] == paid.draws:
         return json.dumps(tree | {"count": taken})
-    return '{"type": "NoOpDpEvent"}'
+    return paid.event
