@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from sfumato import _checks
@@ -72,7 +72,7 @@ class TruncatedPoisson(Sampler):
         _checks.fraction("sampling_rate", self.sampling_rate, allow_one=True)
         _checks.count("max_batch", self.max_batch)
         _checks.count("population", self.population)
-        if 0 < stats.binom.sf(self.max_batch - 1, self.population - 1, self.sampling_rate) < _RAREST:
+        if 0 < _more(self.max_batch - 1, self.population - 1, self.sampling_rate) < _RAREST:
             raise PlanError(
                 f"A max_batch of {self.max_batch} is never full at a sampling rate of {self.sampling_rate:g} of "
                 f'{self.population}; choose a smaller one, or plain "poisson" sampling.'
@@ -122,5 +122,10 @@ class _TruncatedDraws(Draws):
 @functools.lru_cache(maxsize=256)
 def _kept(rate: float, most: int, population: int) -> float:
     """Return E[min(K, most)] / population for a binomial number K of places that join."""
-    whole = rate * float(stats.binom.cdf(most - 1, population - 1, rate))  # sum of k P(K = k) up to `most`
-    return whole + most * float(stats.binom.sf(most, population, rate)) / population
+    whole = rate * (1 - _more(most - 1, population - 1, rate))  # sum of k P(K = k) up to `most`
+    return whole + most * _more(most, population, rate) / population
+
+
+def _more(count: int, places: int, rate: float) -> float:
+    """Return the probability that more than `count` of `places` join."""
+    return float(special.bdtrc(count, places, rate)) if count < places else 0.0
