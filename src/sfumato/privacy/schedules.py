@@ -52,10 +52,13 @@ class Constant(Schedule):
         return {"kind": "constant"}
 
 
-@final
 @dataclass(frozen=True)
-class Linear(Schedule):
-    """From `start` to `end` in equal parts.
+class _Curve(Schedule):
+    """From one factor to another.
+
+    Args:
+        start: Of the first step, above 0.
+        end: Of the last step, above 0.
 
     Raises:
         InputError: an end is not above 0.
@@ -65,63 +68,42 @@ class Linear(Schedule):
     end: float
 
     def __post_init__(self) -> None:
-        _ends(self.start, self.end)
+        _checks.positive("the start of the schedule", self.start)
+        _checks.positive("the end of the schedule", self.end)
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind and ends."""
+        return {"kind": type(self).__name__.lower(), "start": self.start, "end": self.end}
+
+
+@final
+@dataclass(frozen=True)
+class Linear(_Curve):
+    """From `start` to `end` in equal parts."""
 
     def at(self, progress: float) -> float:
         """Return start + progress * (end - start)."""
         return self.start + progress * (self.end - self.start)
 
-    def describe(self) -> dict[str, Any]:
-        """Return kind and ends."""
-        return {"kind": "linear", "start": self.start, "end": self.end}
-
 
 @final
 @dataclass(frozen=True)
-class Cosine(Schedule):
-    """From `start` to `end` along half a cosine wave: slow at both ends (Loshchilov and Hutter 2017).
-
-    Raises:
-        InputError: an end is not above 0.
-    """
-
-    start: float
-    end: float
-
-    def __post_init__(self) -> None:
-        _ends(self.start, self.end)
+class Cosine(_Curve):
+    """From `start` to `end` along half a cosine wave: slow at both ends (Loshchilov and Hutter 2017)."""
 
     def at(self, progress: float) -> float:
         """Return end + (start - end) * (1 + cos(pi * progress)) / 2."""
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
 
-    def describe(self) -> dict[str, Any]:
-        """Return kind and ends."""
-        return {"kind": "cosine", "start": self.start, "end": self.end}
-
 
 @final
 @dataclass(frozen=True)
-class Exponential(Schedule):
-    """From `start` to `end` by the same factor from step to step.
-
-    Raises:
-        InputError: an end is not above 0.
-    """
-
-    start: float
-    end: float
-
-    def __post_init__(self) -> None:
-        _ends(self.start, self.end)
+class Exponential(_Curve):
+    """From `start` to `end` by the same factor from step to step."""
 
     def at(self, progress: float) -> float:
         """Return start * (end / start) ** progress."""
         return float(self.start * (self.end / self.start) ** progress)
-
-    def describe(self) -> dict[str, Any]:
-        """Return kind and ends."""
-        return {"kind": "exponential", "start": self.start, "end": self.end}
 
 
 @final
@@ -192,8 +174,3 @@ class Listed(Schedule):
     def describe(self) -> dict[str, Any]:
         """Return kind and values."""
         return {"kind": "listed", "values": list(self.values)}
-
-
-def _ends(start: float, end: float) -> None:
-    _checks.positive("the start of the schedule", start)
-    _checks.positive("the end of the schedule", end)
