@@ -206,6 +206,17 @@ def settled(charge: Charge, event: events.Event) -> None:
     charge.settle(events.to_json(event))
 
 
+def test_a_run_of_unequal_draws_gives_nothing_back_once_one_was_taken(ledger: Ledger) -> None:
+    # Only a filter knows that a run did less than its event says.
+    schedule = events.composed([events.gaussian(20.0 + step) for step in range(10)])
+    made = charge(ledger, schedule, draws=10)
+    spent = ledger.balance("a").spent_rdp
+    made.take()
+    with pytest.raises(InputError, match="less than the 1 draws"):
+        settled(made, events.gaussian(1e6))
+    assert ledger.balance("a").spent_rdp == spent
+
+
 def test_a_run_that_ends_early_gives_the_rest_back(ledger: Ledger, path: Path) -> None:
     other = charge(ledger, steps(30.0))
     made = charge(ledger, steps(20.0, 50), draws=50, lease=8)

@@ -240,7 +240,7 @@ class Plan:
         """Return an upper bound on what the first `steps` steps cost.
 
         It is worked out at 16 points of the plan, all at once; in between it is the figure of the next point, so it never
-        understates. Of a plan with a `ReleasedPolicy` the run itself knows more; see `Step.epsilon`.
+        understates. With a `ReleasedPolicy` it is the whole from the first step: a filter promises nothing smaller on the way.
         """
         if steps <= 0:
             return 0.0
