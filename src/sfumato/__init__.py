@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from sfumato._version import __version__
 
 if TYPE_CHECKING:
+    from sfumato.data import partitions
     from sfumato.data.allocated import RandomAllocation
+    from sfumato.data.population import Population
     from sfumato.data.records import Records
     from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
     from sfumato.data.sources import load
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from sfumato.learning.aggregation import LocalNoise, ServerNoise, SharedNoise
     from sfumato.learning.api import federate, rounds, steps, train
     from sfumato.learning.checkpoint import Checkpoint
+    from sfumato.learning.controlled import FedNova, Scaffold
     from sfumato.learning.evaluation import Evaluation, evaluate
-    from sfumato.learning.fedavg import FedAvg
+    from sfumato.learning.fedavg import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
     from sfumato.learning.fedsgd import FedSGD
+    from sfumato.learning.personal import Ditto, FedPer
     from sfumato.learning.plan import Plan
     from sfumato.learning.policies import (
         Decay,
@@ -35,9 +39,11 @@ if TYPE_CHECKING:
         SpendEvenly,
         StopWhenFlat,
     )
+    from sfumato.learning.stopping import FirstOf, Plateau, Rounds, Target
     from sfumato.learning.training import Step, TrainingResult
     from sfumato.learning.trials import Trial
     from sfumato.learning.tuning import Tuned, tune
+    from sfumato.learning.weighting import ByRecords, Uniform, UpTo
     from sfumato.privacy.accounts import Balance
     from sfumato.privacy.budget import Budget, Relation, Unit
     from sfumato.privacy.ledger import Ledger
@@ -53,15 +59,25 @@ _HOMES = {
     "AdaptiveClip": "sfumato.learning.adaptive_clip",
     "Balance": "sfumato.privacy.accounts",
     "Budget": "sfumato.privacy.budget",
+    "ByRecords": "sfumato.learning.weighting",
     "Checkpoint": "sfumato.learning.checkpoint",
     "Compute": "sfumato.gradients.compute",
     "Constant": "sfumato.privacy.schedules",
     "Cosine": "sfumato.privacy.schedules",
     "Decay": "sfumato.learning.policies",
+    "Ditto": "sfumato.learning.personal",
     "Evaluation": "sfumato.learning.evaluation",
     "Exponential": "sfumato.privacy.schedules",
+    "FedAdagrad": "sfumato.learning.fedavg",
+    "FedAdam": "sfumato.learning.fedavg",
     "FedAvg": "sfumato.learning.fedavg",
+    "FedAvgM": "sfumato.learning.fedavg",
+    "FedNova": "sfumato.learning.controlled",
+    "FedPer": "sfumato.learning.personal",
+    "FedProx": "sfumato.learning.fedavg",
     "FedSGD": "sfumato.learning.fedsgd",
+    "FedYogi": "sfumato.learning.fedavg",
+    "FirstOf": "sfumato.learning.stopping",
     "FullBatch": "sfumato.data.sampling",
     "Ledger": "sfumato.privacy.ledger",
     "Linear": "sfumato.privacy.schedules",
@@ -70,7 +86,9 @@ _HOMES = {
     "Meaning": "sfumato.privacy.meaning",
     "Outlook": "sfumato.learning.policies",
     "Plan": "sfumato.learning.plan",
+    "Plateau": "sfumato.learning.stopping",
     "Poisson": "sfumato.data.sampling",
+    "Population": "sfumato.data.population",
     "PrivacyStatement": "sfumato.privacy.statement",
     "PublicPolicy": "sfumato.learning.policies",
     "RandomAllocation": "sfumato.data.allocated",
@@ -78,7 +96,9 @@ _HOMES = {
     "Relation": "sfumato.privacy.budget",
     "ReleasedPolicy": "sfumato.learning.policies",
     "RiskCalibration": "sfumato.privacy.risk",
+    "Rounds": "sfumato.learning.stopping",
     "Sampler": "sfumato.data.sampling",
+    "Scaffold": "sfumato.learning.controlled",
     "Schedule": "sfumato.privacy.schedules",
     "SecureSource": "sfumato.privacy.randomness",
     "SeededSource": "sfumato.privacy.randomness",
@@ -93,12 +113,15 @@ _HOMES = {
     "Step": "sfumato.learning.training",
     "Stepwise": "sfumato.privacy.schedules",
     "StopWhenFlat": "sfumato.learning.policies",
+    "Target": "sfumato.learning.stopping",
     "TradeOff": "sfumato.privacy.tradeoff",
     "TrainingResult": "sfumato.learning.training",
     "Trial": "sfumato.learning.trials",
     "TruncatedPoisson": "sfumato.data.truncated",
     "Tuned": "sfumato.learning.tuning",
+    "Uniform": "sfumato.learning.weighting",
     "Unit": "sfumato.privacy.budget",
+    "UpTo": "sfumato.learning.weighting",
     "calibrate_to_risk": "sfumato.privacy.risk",
     "evaluate": "sfumato.learning.evaluation",
     "explain": "sfumato.gradients.explain",
@@ -116,15 +139,25 @@ __all__ = [
     "AdaptiveClip",
     "Balance",
     "Budget",
+    "ByRecords",
     "Checkpoint",
     "Compute",
     "Constant",
     "Cosine",
     "Decay",
+    "Ditto",
     "Evaluation",
     "Exponential",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedNova",
+    "FedPer",
+    "FedProx",
     "FedSGD",
+    "FedYogi",
+    "FirstOf",
     "FullBatch",
     "Ledger",
     "Linear",
@@ -133,7 +166,9 @@ __all__ = [
     "Meaning",
     "Outlook",
     "Plan",
+    "Plateau",
     "Poisson",
+    "Population",
     "PrivacyStatement",
     "PublicPolicy",
     "RandomAllocation",
@@ -141,7 +176,9 @@ __all__ = [
     "Relation",
     "ReleasedPolicy",
     "RiskCalibration",
+    "Rounds",
     "Sampler",
+    "Scaffold",
     "Schedule",
     "SecureSource",
     "SeededSource",
@@ -156,12 +193,15 @@ __all__ = [
     "Step",
     "Stepwise",
     "StopWhenFlat",
+    "Target",
     "TradeOff",
     "TrainingResult",
     "Trial",
     "TruncatedPoisson",
     "Tuned",
+    "Uniform",
     "Unit",
+    "UpTo",
     "__version__",
     "calibrate_to_risk",
     "evaluate",
@@ -169,6 +209,7 @@ __all__ = [
     "federate",
     "load",
     "meaning",
+    "partitions",
     "rounds",
     "steps",
     "trade_off",
@@ -178,6 +219,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "partitions":  # a module of functions, as it is
+        return importlib.import_module("sfumato.data.partitions")
     if name not in _HOMES:
         raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -186,4 +229,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_HOMES, "partitions"]

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sfumato as sf
+from sfumato.data.population import Population
 from sfumato.errors import CheckpointError, InputError
 from sfumato.gradients.clipping import KINDS, Clipping
 from sfumato.gradients.per_record import clipped_gradient_sum
-from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.central import Central
 from sfumato.learning.federated import Federation
 from sfumato.learning.fedsgd import FedSGD
@@ -102,14 +102,22 @@ def test_one_client_moves_the_sum_of_a_round_by_at_most_the_clip_norm(
     features[usual.owner_codes == client] *= 10**size
     records = sf.Records.from_arrays(features, usual.targets, (usual.owner_names, usual.owner_codes))
     federation = Federation(
-        network(), records.by_owner(), plan(kind, clip, "client"), LOSS, sf.Simulation(), sf.SeededSource(0)
+        network(),
+        Population.of(records.by_owner()),
+        plan(kind, clip, "client"),
+        LOSS,
+        sf.Simulation(),
+        sf.SeededSource(0),
     )
-    noise: Aggregation | None = None
-    parts = FedSGD(LOCAL).procedure(federation, noise).contributions(0)
+    parts = FedSGD(LOCAL).procedure(federation, sf.LocalNoise()).contributions(0)
     assert set(parts) == set(records.owner_names)
     for part in parts.values():
         assert float(vector(part.bounded.value).norm()) <= clip
         assert part.bounded.norm_bound == clip
+    whole = FedSGD(LOCAL).procedure(federation, sf.ServerNoise()).contributions(0)["all"].bounded
+    together = torch.stack([vector(part.bounded.value) for part in parts.values()]).sum(0)
+    assert whole.norm_bound == clip
+    assert torch.allclose(vector(whole.value), together, rtol=1e-6, atol=1e-6 * clip)
 
 
 @pytest.mark.parametrize("kind", KINDS)

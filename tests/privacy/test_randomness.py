@@ -159,7 +159,8 @@ from sfumato.errors import SfumatoError
 from sfumato.privacy.randomness import SecureSource, SeededSource
 
 for source in (SecureSource(), SeededSource(1)):
-    for draw in (source.words, source.normal, source.permutation, lambda n: source.bernoulli(n, 0.5)):
+    flips = (lambda n: source.bernoulli(n, 0.5), lambda n: source.chosen(10**5 * n, 0.5))
+    for draw in (source.words, source.normal, source.permutation, *flips):
         child = os.fork()
         if child == 0:
             try:
@@ -212,6 +213,89 @@ def test_the_stated_rate_is_never_exceeded_even_in_the_last_bit(monkeypatch: pyt
     monkeypatch.setattr(source, "_next", lambda count: torch.tensor([0, 1, 2, 3, -1]) << 11)
     assert source.bernoulli(5, 3 * 2.0**-53).tolist() == [True, True, True, False, False]
     assert source.bernoulli(5, 2.5 * 2.0**-53).tolist() == [True, True, False, False, False]
+
+
+SIDES = st.integers(min_value=0, max_value=2**53)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sides=SIDES, seed=st.integers(min_value=0, max_value=99), near=st.lists(st.integers(-2, 2), min_size=1, max_size=40)
+)
+def test_the_chosen_are_those_whose_coin_of_53_bits_is_below_the_threshold(
+    sides: int, seed: int, near: list[int]
+) -> None:
+    first, rest = divmod(sides, 2**45)
+    stream = SeededSource(seed)
+    # Coins on both sides of the threshold's first byte, and just beside the rest of it where that byte is met.
+    heads = [min(255, max(0, first + step)) for step in near]
+    tails = [rest + step if 0 <= rest + step < 2**45 else 0 for step in near]
+    tails = [tail + (word << 45) for tail, word in zip(tails, stream.words(len(near)).tolist(), strict=True)]
+    open_tails = [tail for head, tail in zip(heads, tails, strict=True) if head == first]
+    served = [
+        torch.tensor([*heads, *[0] * (-len(heads) % 8)], dtype=torch.uint8).view(torch.int64),
+        torch.tensor([((tail + 2**63) % 2**64) - 2**63 for tail in open_tails], dtype=torch.int64),
+    ]
+    coins = [head * 2**45 + tail % 2**45 for head, tail in zip(heads, tails, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_next", lambda count: served.pop(0)[:count])
+        patch.setattr(randomness, "_FEW", -1)
+        chosen = stream.chosen(len(near), sides / 2**53)
+    assert chosen.dtype is torch.int64
+    assert chosen.tolist() == [unit for unit, coin in enumerate(coins) if coin < sides]
+
+
+@pytest.mark.parametrize("rate", [0.0009, 0.004, 0.1, 0.5, 0.97])
+def test_units_are_chosen_at_the_rate_and_at_no_other(source: RandomSource, rate: float) -> None:
+    n = 16 * randomness._PAIRS + 300_001  # more than a block
+    hits = len(source.chosen(n, rate))
+    assert rate_fits(hits, n, rate)
+    for wrong in (rate * 2 / 3, min(rate * 1.5, 0.999)):
+        assert not rate_fits(hits, n, wrong)
+
+
+@pytest.mark.parametrize("few", [-1, randomness._FEW])
+def test_every_unit_is_chosen_at_the_same_rate_and_independently(
+    source: RandomSource, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(randomness, "_FEW", few)
+    n, draws, rate = 200, 8_000, 0.3  # 76.8 / 256: units with the byte 76 are undecided
+    joined = torch.zeros(draws, n, dtype=torch.bool)
+    for draw in joined:
+        draw[source.chosen(n, rate)] = True
+    assert all(rate_fits(hits, draws, rate) for hits in joined.sum(0).tolist())
+
+    def both(hits: int, pairs: int) -> bool:
+        # Pairs that share a unit make the count of pairs vary a fifth more than independent ones do.
+        return abs(hits - pairs * rate**2) < 8 * rate * math.sqrt(pairs)
+
+    for apart in (1, 7, 8, 9):
+        assert both(int((joined[:, apart:] & joined[:, :-apart]).sum()), draws * (n - apart))
+    assert both(int((joined[1:] & joined[:-1]).sum()), (draws - 1) * n)
+
+
+@pytest.mark.parametrize(
+    "count", [0, 1, 7, 16_384, 16_385, 16_393, BLOCK, 16 * randomness._PAIRS, 16 * randomness._PAIRS + 9]
+)
+def test_the_chosen_are_ascending_and_among_the_units(source: RandomSource, count: int) -> None:
+    everybody = source.chosen(count, 1.0)
+    assert torch.equal(everybody, torch.arange(count))
+    assert source.chosen(count, 0.0).tolist() == []
+    some = source.chosen(count, 0.5)
+    assert torch.equal(some, some.unique())
+    assert all(0 <= unit < count for unit in some[[0, -1]].tolist()) if len(some) else count < 64
+
+
+def test_a_seed_chooses_the_same_of_few_units_in_one_call_as_in_several() -> None:
+    whole, cut = SeededSource(3).chosen(16_384, 0.2), SeededSource(3)
+    assert torch.equal(torch.cat([cut.chosen(6_000, 0.2), cut.chosen(10_384, 0.2) + 6_000]), whole)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan, math.inf])
+def test_a_rate_of_choice_that_is_no_probability_is_refused(rate: float) -> None:
+    for count in (0, 3, 20_000):
+        with pytest.raises(InputError, match="rate"):
+            SeededSource(0).chosen(count, rate)
 
 
 @settings(max_examples=25, deadline=None)

@@ -43,10 +43,12 @@ class Sampler(ABC):
         kind: The name that is printed.
         rate: The share of the population that a step uses on average, public.
         by_step: Whether each step has a cost of its own, so that what several cost is their composition.
+        amplifies: Whether the event counts on nobody knowing who was drawn.
     """
 
     kind: str
     by_step: bool = True
+    amplifies: bool = True
 
     @property
     @abstractmethod
@@ -102,6 +104,7 @@ class FullBatch(Sampler):
     """Every record in every step. The event claims no amplification."""
 
     kind = "full-batch"
+    amplifies = False
 
     @property
     def rate(self) -> float:
@@ -200,7 +203,7 @@ class _PoissonDraws(Draws):
         self._count, self._sampler, self._source = count, sampler, source
 
     def batch(self, step: int) -> Tensor:
-        return self._source.bernoulli(self._count, self._sampler.rate_at(step)).nonzero().squeeze(1)
+        return self._source.chosen(self._count, self._sampler.rate_at(step))
 
 
 @final

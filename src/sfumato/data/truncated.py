@@ -113,7 +113,7 @@ class _TruncatedDraws(Draws):
         self._sampler, self._count, self._source = sampler, count, source
 
     def batch(self, step: int) -> Tensor:
-        places = self._source.bernoulli(self._sampler.population, self._sampler.sampling_rate).nonzero().squeeze(1)
+        places = self._source.chosen(self._sampler.population, self._sampler.sampling_rate)
         if len(places) > self._sampler.max_batch:
             places = places[self._source.permutation(len(places))[: self._sampler.max_batch]].sort().values
         return places[places < self._count]

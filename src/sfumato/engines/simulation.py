@@ -1,40 +1,212 @@
-"""A federation on this machine: every client runs here, one after the other."""
+"""A federation on this machine: the clients of a round run here, stacked or one by one, in one thread or several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, final
 
-from sfumato.errors import SfumatoError
+import torch
 
-Answer = TypeVar("Answer")
+from sfumato import _checks
+from sfumato.data.records import Records
+from sfumato.engines.choosing import Choice, Chooser
+from sfumato.errors import InputError, SfumatoError
+from sfumato.learning.federated import Answer, Task
+from sfumato.learning.groups import ALONE, STACKED
+
+Result = TypeVar("Result")
+
+_SORTED = 4  # chunks of clients that are sorted by size together
 
 
 @final
 @dataclass(frozen=True)
 class Simulation:
-    """Runs the clients of a round in this process, in their order.
+    """Runs the clients of a round on this machine, in the way that measures fastest.
+
+    While the first clients of a run are trained, ways to train them are timed against each other: many clients stacked along
+    one more dimension, or one after the other; in chunks of several sizes; in one thread or in all. The ways differ in
+    rounding alone, so neither the number of workers nor the chunks change a result by more than that. Clients are made
+    when their chunk is due, so memory holds some chunks and one model for each worker.
 
     Args:
         drop_out: Called with (step, client); True means that this client is lost in this step. It must not look at
             records: who is lost is not covered by any budget.
+        delay: Called with (step, client); the seconds that pass until the client would answer, in simulated time.
+        deadline: Seconds after which the server no longer waits; later clients are lost in this step.
+        workers: Threads that train at a time; None for the fastest of 1 and the number of cores.
+        way: "stacked" or "alone"; None for the faster one.
+        debug: One client at a time, one by one, so that every error names its client; slow.
+
+    Raises:
+        InputError: an argument is out of range, or only one of delay and deadline is given.
     """
 
     drop_out: Callable[[int, str], bool] | None = None
+    delay: Callable[[int, str], float] | None = None
+    deadline: float | None = None
+    workers: int | None = None
+    way: str | None = None
+    debug: bool = False
 
-    def run(self, work: Callable[[str], Answer], clients: Sequence[str], step: int) -> dict[str, Answer]:
-        """Return the answers of the clients that were not lost.
+    def __post_init__(self) -> None:
+        if (self.delay is None) != (self.deadline is None):
+            raise InputError("delay and deadline go together; give both or neither.")
+        if self.deadline is not None:
+            _checks.positive("deadline", self.deadline)
+        if self.workers is not None:
+            _checks.count("workers", self.workers)
+        if self.way is not None and self.way not in (STACKED, ALONE):
+            raise InputError(
+                f'There is no way "{self.way}" to run clients.{_checks.did_you_mean(str(self.way), (STACKED, ALONE))}'
+            )
+
+    def run(self, work: Callable[[str], Result], clients: Sequence[str], step: int) -> dict[str, Result]:
+        """Return the answers of the clients that were not lost, computed in their order.
 
         Raises:
             SfumatoError: of the same kind as the client's error, naming client and step.
         """
-        answers: dict[str, Answer] = {}
+        answers: dict[str, Result] = {}
         for name in clients:
-            if self.drop_out is not None and self.drop_out(step, name):
+            if self.loses(step, name):
                 continue
             try:
                 answers[name] = work(name)
             except SfumatoError as error:
                 raise type(error)(f'Client "{name}", step {step + 1}: {error}') from error
         return answers
+
+    def start(self, task: Task) -> Crew:
+        """Return what runs the rounds of one run."""
+        return Crew(self, task)
+
+    def loses(self, step: int, name: str) -> bool:
+        """Whether a client does not answer, or too late."""
+        if self.drop_out is not None and self.drop_out(step, name):
+            return True
+        return self.delay is not None and self.deadline is not None and self.delay(step, name) > self.deadline
+
+    @property
+    def looks_at_names(self) -> bool:
+        """Whether anybody can be lost."""
+        return self.drop_out is not None or self.delay is not None
+
+
+@final
+class Crew:
+    """The workers of one run."""
+
+    def __init__(self, engine: Simulation, task: Task) -> None:
+        self._engine, self._task = engine, task
+        cores = 1 if task.serial or engine.debug else engine.workers or (os.cpu_count() or 1)
+        counts = {cores} if engine.workers or task.serial or engine.debug else {1, cores}
+        ways = [way for way in task.ways if engine.way is None or way.startswith(engine.way)]
+        if engine.debug:
+            ways = [ALONE]
+        if not ways:
+            raise InputError(
+                f'This model cannot run its clients "{engine.way}", because it draws random numbers; leave way out.'
+            )
+        self._chooser = Chooser(ways, sorted(counts), task.size)
+        self._pools: dict[int, ThreadPoolExecutor] = {}
+        self._sound: set[str] = {ALONE}
+
+    def answers(self, clients: Sequence[int], step: int) -> Iterator[Answer]:
+        """Yield answers that together are those of all clients that were not lost.
+
+        Raises:
+            SfumatoError: of the same kind as a client's error, naming the client, or those trained beside it, and the step.
+        """
+        present: Sequence[int] = clients
+        if self._engine.looks_at_names:
+            name_at = self._task.population.name_at
+            present = [number for number in clients if not self._engine.loses(step, name_at(number))]
+        left = 0
+        while left < len(present):
+            choice = self._chooser.choice
+            if self._chooser.settled:
+                yield from self._all(present[left:], step, choice)
+                return
+            some = present[left : left + choice.chunk * choice.workers]
+            with self._chooser.timed(len(some)) as watch:
+                records = self._records(some, step)
+                watch.records = sum(len(one) for one in records)
+                answers = self._tried(some, records, step, choice)
+            left += len(some)
+            yield from answers
+
+    def _tried(self, clients: Sequence[int], records: Sequence[Records], step: int, choice: Choice) -> list[Answer]:
+        if choice.way not in self._sound:
+            if not self._is_sound(clients, records, choice.way):
+                self._chooser.refuse(choice.way)
+                return [self._work(clients, records, step, ALONE)]
+            self._sound.add(choice.way)
+        chunks = [slice(start, start + choice.chunk) for start in range(0, len(clients), choice.chunk)]
+        jobs = [self._submit(choice, clients[chunk], records[chunk], step) for chunk in chunks]
+        return [job.result() for job in jobs]
+
+    def _is_sound(self, clients: Sequence[int], records: Sequence[Records], way: str) -> bool:
+        """Whether a way can run the smallest and the largest of some clients, and agrees with one by one."""
+        order = sorted(range(len(clients)), key=lambda row: len(records[row]))
+        rows = [order[0], order[-1]] if len(order) > 1 else order
+        try:
+            return self._task.agrees([clients[row] for row in rows], [records[row] for row in rows], way)
+        except Exception:
+            return False
+
+    def _all(self, clients: Sequence[int], step: int, choice: Choice) -> Iterator[Answer]:
+        waiting: deque[Future[Answer]] = deque()
+        window = choice.chunk * choice.workers * _SORTED
+        for start in range(0, len(clients), window):
+            some = clients[start : start + window]
+            records = self._records(some, step)
+            # Clients of like size are stacked together, so that less is computed only to be left out.
+            order = sorted(range(len(some)), key=lambda row: (-len(records[row]), row))
+            for first in range(0, len(order), choice.chunk):
+                rows = order[first : first + choice.chunk]
+                chunk, held = [some[row] for row in rows], [records[row] for row in rows]
+                waiting.append(self._submit(choice, chunk, held, step))
+                if len(waiting) > 2 * choice.workers:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _records(self, clients: Sequence[int], step: int) -> list[Records]:
+        made = []
+        for number in clients:
+            try:
+                made.append(self._task.population.at(number))
+            except SfumatoError as error:
+                raise type(error)(f"Step {step + 1}, making the client's records: {error}") from error
+        return made
+
+    def _submit(self, choice: Choice, clients: Sequence[int], records: Sequence[Records], step: int) -> Future[Answer]:
+        if choice.workers == 1:
+            done: Future[Answer] = Future()
+            done.set_result(self._work(clients, records, step, choice.way))
+            return done
+        if choice.workers not in self._pools:
+            threads = max(1, torch.get_num_threads() // choice.workers)
+            self._pools[choice.workers] = ThreadPoolExecutor(
+                choice.workers, "sfumato-client", initializer=torch.set_num_threads, initargs=(threads,)
+            )
+        return self._pools[choice.workers].submit(self._work, clients, records, step, choice.way)
+
+    def _work(self, clients: Sequence[int], records: Sequence[Records], step: int, way: str) -> Answer:
+        try:
+            return self._task.work(clients, records, way)
+        except SfumatoError as error:
+            if way != ALONE or len(clients) > 1:
+                return self._one_by_one(clients, records, step)
+            name = self._task.population.name_at(clients[0])
+            raise type(error)(f'Client "{name}", step {step + 1}: {error}') from error
+
+    def _one_by_one(self, clients: Sequence[int], records: Sequence[Records], step: int) -> Answer:
+        """Do the work again, so that the error names one client; a way that failed for another reason may go through."""
+        answers = [self._work([number], [held], step, ALONE) for number, held in zip(clients, records, strict=True)]
+        return Answer.joined(answers)

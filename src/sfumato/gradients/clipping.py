@@ -54,6 +54,7 @@ UNCLIPPED = ".unclipped"
 """The name, which no parameter has, of the coordinate that tells how many units were within the clip norm."""
 
 KINDS = ("flat", "per-layer", "normalised")
+_PIECE = 2**17  # numbers that are turned into float64 at a time
 _STABILITY = 0.01  # Bu et al. 2022, who find it good everywhere
 
 
@@ -149,13 +150,55 @@ def clip_vector(vector: Tensors, clipping: Clipping) -> tuple[Bounded, bool]:
 
     A vector that is not finite becomes zero (see `clip_factors`).
     """
-    wide = {name: tensor.detach().to(torch.float64) for name, tensor in vector.items()}
-    factors, broken = clipping.factors({n: tensor.square().sum().reshape(1) for n, tensor in wide.items()}, wide)
-    finite = not bool(broken)
-    clipped = {name: tensor * factors[name][0] if finite else torch.zeros_like(tensor) for name, tensor in wide.items()}
+    bounded, broken = clip_vectors({name: tensor.unsqueeze(0) for name, tensor in vector.items()}, clipping)
+    return bounded, broken == 0
+
+
+def clip_vectors(vectors: Tensors, clipping: Clipping, weights: Tensor | None = None) -> tuple[Bounded, int]:
+    """Return the sum of the units' named tensors, each clipped as a whole, float64, and how many were not finite.
+
+    What is not finite adds nothing (see `clip_factors`).
+
+    Args:
+        vectors: Named tensors of each unit, shape (units, ...).
+        clipping: How each is clipped.
+        weights: By which a clipped vector is multiplied, in [0, 1], shape (units,), float64; None for 1.
+    """
+    rows = {name: tensor.detach().flatten(1) for name, tensor in vectors.items()}
+    squared = {
+        name: torch.stack([piece.to(torch.float64).square().sum(1) for piece in _pieces(tensor)]).sum(0)
+        for name, tensor in rows.items()
+    }
+    factors, broken = clipping.factors(squared, rows)
+    weighted = factors if weights is None else {name: one * weights for name, one in factors.items()}
+    value = {name: weighted_sum(vectors[name], weighted[name], broken) for name in vectors}
     if clipping.counted:
-        clipped[UNCLIPPED] = clipping.count(next(iter(factors.values())), broken)
-    return Bounded(clipped, clipping.bound), finite
+        value[UNCLIPPED] = clipping.count(next(iter(factors.values())), broken)
+    return Bounded(value, clipping.bound), int(broken.sum())
+
+
+def weighted_sum(vectors: Tensor, weights: Tensor, broken: Tensor | None = None) -> Tensor:
+    """Return the weighted sum over units, shape (...), float64, without a float64 copy of all of them.
+
+    Args:
+        vectors: Shape (units, ...).
+        weights: Shape (units,), float64.
+        broken: The units that are left out whatever they hold, shape (units,), bool.
+    """
+    rows = vectors.detach().flatten(1)
+    if broken is not None and bool(broken.any()):
+        rows, weights = rows[~broken], weights[~broken]
+    total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
+    start = 0
+    for piece in _pieces(rows):
+        torch.mv(piece.to(torch.float64).t(), weights, out=total[start : start + piece.shape[1]])
+        start += piece.shape[1]
+    return total.view(vectors.shape[1:])
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    """Cut (units, size) into columns whose float64 copies fit a processor's cache."""
+    return torch.split(rows, max(1, _PIECE // max(1, len(rows))), dim=1)
 
 
 def check_kind(kind: str) -> str:

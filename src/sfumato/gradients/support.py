@@ -16,21 +16,25 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from sfumato.errors import SfumatoError, UnsupportedModelError
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, *, mixing: bool = False) -> None:
     """Refuse a model in which the gradient of one record would depend on other records, or nothing is trainable.
+
+    Args:
+        model: To be trained.
+        mixing: Whether it may mix the records of a batch, because all of them belong to one unit.
 
     Raises:
         UnsupportedModelError: names the first such module and what to use in its place.
     """
-    for problem in problems(model):
+    for problem in problems(model, mixing=mixing):
         raise UnsupportedModelError(problem)
 
 
-def problems(model: nn.Module) -> Iterator[str]:
+def problems(model: nn.Module, *, mixing: bool = False) -> Iterator[str]:
     """Yield a sentence for everything that makes `check_model` refuse, with what to do about it."""
     for name, module in model.named_modules():
         where = f'Module "{name or "(the model itself)"}" is {type(module).__name__}'
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and not mixing:
             yield (
                 f"{where}, which mixes the records of a batch, so no record's part can be bounded; "
                 "use torch.nn.GroupNorm or torch.nn.LayerNorm in its place."

@@ -10,7 +10,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
 from sfumato import _checks
 from sfumato.errors import PlanError
@@ -19,6 +19,9 @@ from sfumato.privacy.bounded import Bounded, Released
 from sfumato.privacy.budget import Relation
 from sfumato.privacy.ledger import Charge
 from sfumato.privacy.randomness import RandomSource
+
+if TYPE_CHECKING:
+    from sfumato.learning.plan import Plan
 
 
 @final
@@ -39,10 +42,40 @@ class Aggregation(ABC):
         trust: One sentence on who sees what before the noise, printed with every epsilon.
         hides_cohort: Whether those against whom the promise holds cannot see which clients were drawn. Only then may a
             sampled cohort claim amplification.
+        takes_total: Whether it needs nothing but the sum over all clients, so that nobody has to keep their parts apart.
     """
 
     trust: str
     hides_cohort: bool
+    takes_total: bool = False
+
+    def begin(self) -> Aggregation:
+        """Return what serves one run: a fresh one, if it remembers anything from round to round."""
+        return self
+
+    def check_plan(self, plan: Plan) -> None:  # noqa: B027 (most kinds serve every plan)
+        """Refuse, before anything is charged, a plan that does not account for this noise.
+
+        Raises:
+            PlanError: names the reason and the fix.
+        """
+
+    def void(self) -> None:  # noqa: B027 (most kinds remember nothing)
+        """Take note that a round was void: nothing of it was or will be released."""
+
+    def lose(self) -> None:  # noqa: B027 (most kinds remember nothing)
+        """Take note that paid rounds were lost, of which nobody knows what they released.
+
+        Raises:
+            CheckpointError: without them no further round can be released.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep; private."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 (most kinds keep nothing)
+        """Take back what `state` returned."""
 
     @abstractmethod
     def check_clients(self, count: int) -> None:
@@ -73,6 +106,7 @@ class ServerNoise(Aggregation):
     """The server adds the noise to the sum. Lost clients add nothing and the noise stays whole."""
 
     hides_cohort = True
+    takes_total = True
     trust = "The server is trusted: it sees each client's clipped sum before the noise is added."
 
     def check_clients(self, count: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sfumato import _checks
+from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.errors import InputError, LostClientsError
 from sfumato.gradients.clipped import Loss
@@ -19,7 +21,9 @@ from sfumato.learning.central import Central
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.federated import Algorithm, Engine, Federation
 from sfumato.learning.plan import Plan
+from sfumato.learning.stopping import Stop
 from sfumato.learning.training import Account, Step, Training, TrainingResult
+from sfumato.learning.weighting import BY_RECORDS, Weighting
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.randomness import RandomSource, SecureSource
 
@@ -87,6 +91,7 @@ def train(
 def rounds(
     model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
+    weighting: Weighting | None = None, quorum: int = 0, stop: Stop | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
     compute: Compute = DEFAULT,
@@ -95,13 +100,17 @@ def rounds(
 
     Args:
         model: The server's model, trained in place.
-        clients: Name to records; each client's records are only used by that client's work.
-        plan: Unit "record" or "client" (then its population is the number of clients).
-        algorithm: `FedSGD` or `FedAvg`.
+        clients: Name to records, or a `Population`; each client's records are only used by that client's work.
+        plan: Unit "record" or "client" (then its population is the number of clients, and its sampler draws the cohorts).
+        algorithm: `FedAvg`, `FedSGD` or one of their relatives.
         engine: Where clients run, for example `Simulation()`.
         loss: Called as loss(outputs, targets); the mean over records, or one loss for each.
         noise: `ServerNoise()` (default), `SharedNoise(tolerate)` or `LocalNoise()`.
         populations: Declared number of records of each client; `FedAvg` with unit "record" needs it.
+        weighting: How much a client counts: `ByRecords()` (default without privacy), `Uniform()` (default where clients
+            are protected) or `UpTo(most)`.
+        quorum: If fewer clients answer, a round is void: it is spent and releases nothing. At most the expected cohort.
+        stop: Ends the run before the plan does, for example `Target(score, 0.95)`.
         ledger: As for `steps`.
         dataset: The data set's name in the ledger.
         purpose: What the charge is called.
@@ -115,18 +124,27 @@ def rounds(
     """
     distributed.refuse("Federations")
     _expect("model", model, nn.Module, _MODEL)
-    _check_clients(clients)
+    _expect("clients", clients, Mapping, "pass a mapping of name to Records, for example records.by_owner()")
+    population = Population.of(clients)
     _expect("algorithm", algorithm, Algorithm, "make one, for example FedSGD(partial(SGD, lr=0.1))")
     _check_run(plan, loss, ledger, checkpoint, compute)
     source = source or SecureSource()
-    federation = Federation(model, clients, plan, loss, engine, source, populations, compute)
+    if weighting is not None:
+        _expect("weighting", weighting, Weighting, "make one, for example UpTo(100)")
+    if stop is not None:
+        _expect("stop", stop, Stop, "make one, for example Target(score, 0.95)")
+    federation = Federation(
+        model, population, plan, loss, engine, source, populations, compute, weighting or BY_RECORDS,
+        _checks.count("quorum", quorum, minimum=0),
+    )  # fmt: skip
     account = Account(dataset, ledger, purpose, by)
-    return Training(model, plan, algorithm.procedure(federation, noise), account, source, checkpoint)
+    return Training(model, plan, algorithm.procedure(federation, noise), account, source, checkpoint, stop)
 
 
 def federate(
     model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
+    weighting: Weighting | None = None, quorum: int = 0, stop: Stop | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
     compute: Compute = DEFAULT, on_step: Callable[[Step], None] | None = None,
@@ -134,6 +152,7 @@ def federate(
     """Train to the end of the plan: `rounds`, run through. `on_step` is called after every round."""
     training = rounds(
         model, clients, plan, algorithm=algorithm, engine=engine, loss=loss, noise=noise, populations=populations,
+        weighting=weighting, quorum=quorum, stop=stop,
         ledger=ledger, dataset=dataset, purpose=purpose, by=by, source=source, checkpoint=checkpoint, compute=compute,
     )  # fmt: skip
     return _finish(training, on_step)
@@ -162,16 +181,6 @@ def _check_run(plan: object, loss: object, ledger: object, checkpoint: object, c
     if checkpoint is not None:
         _expect("checkpoint", checkpoint, Checkpoint, 'make one with Checkpoint("run.pt")')
     _expect("compute", compute, Compute, "make one, for example Compute(memory_mb=200)")
-
-
-def _check_clients(clients: object) -> None:
-    """Refuse clients that are no mapping of names to records."""
-    fix = "pass a mapping of name to Records, for example records.by_owner()"
-    _expect("clients", clients, Mapping, fix)
-    assert isinstance(clients, Mapping)
-    for name, records in clients.items():
-        _expect("The name of a client", name, str, fix)
-        _expect(f'clients["{name}"]', records, Records, fix)
 
 
 def _expect_function(name: str, value: object, fix: str) -> None:

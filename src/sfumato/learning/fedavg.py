@@ -1,45 +1,76 @@
-"""FedAvg: clients train on their own for a while, then their models are averaged (McMahan et al. 2017)."""
+"""Clients train on their own for a while, then their updates are averaged: FedAvg and its nearest relatives."""
 
 from __future__ import annotations
 
-import copy
 import functools
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from functools import cached_property
+from typing import final
 
 import torch
-from torch import Tensor
-from torch.optim import SGD
+from torch import nn
+from torch.optim import SGD, Optimizer
+from typing_extensions import override
 
 from sfumato import _checks
 from sfumato.errors import PlanError
-from sfumato.gradients.clipped import ClippedSum
-from sfumato.gradients.private import PrivateGradient
-from sfumato.gradients.support import trainable
-from sfumato.gradients.terms.term import Workspace
 from sfumato.learning.aggregation import Aggregation, LocalNoise
-from sfumato.learning.client_sums import ClientSums, Vector
-from sfumato.learning.federated import (
-    Algorithm,
-    Federation,
-    MakeOptimizer,
-    check_federation,
-    digest_of,
-    made_for,
-    start_draws,
-    who_is_protected,
-)
-from sfumato.learning.procedure import Procedure, batch_on, mean_loss, optimizer_state, restore_optimizer, take_step
-from sfumato.privacy.bounded import Bounded, Released
+from sfumato.learning.client_rounds import ClientRounds
+from sfumato.learning.federated import ClientAlgorithm, Federation, Work, made_for
+from sfumato.learning.groups import Group
+from sfumato.learning.local_private import LocalPrivateSteps
+from sfumato.learning.local_training import LocalTraining, MakeOptimizer
+from sfumato.learning.procedure import Procedure
+from sfumato.learning.server_optimizers import AdaptiveServer
+from sfumato.privacy.bounded import Tensors
 
-_AS_IT_IS: MakeOptimizer = functools.partial(SGD, lr=1.0)
+AS_IT_IS: MakeOptimizer = functools.partial(SGD, lr=1.0)
+
+
+class Averaging(ClientAlgorithm):
+    """Every client trains from the server's model and hands in how far it went."""
+
+    @property
+    @abstractmethod
+    def training(self) -> LocalTraining:
+        """What a client does."""
+
+    @override
+    def check(self, federation: Federation) -> None:
+        made_for(federation.model, self.training.optimizer)  # refuses an unfit optimiser before anything is charged
+
+    @override
+    def client(self, group: Group, shared: Tensors, kept: Mapping[str, torch.Tensor]) -> Work:
+        ends = group.train(self.training, {}).weights
+        return Work(moved(group, ends))
+
+    @override
+    def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
+        """Return rounds of clients.
+
+        Raises:
+            PlanError: records are to be protected, which this algorithm cannot bound.
+        """
+        if federation.plan.is_private and not federation.protects_clients:
+            raise PlanError(
+                f"{type(self).__name__} cannot bound one record after several local steps; protect clients "
+                '(unit "client"), or use FedSGD or FedAvg.'
+            )
+        return ClientRounds(federation, noise, self)
+
+
+def moved(group: Group, ends: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return start - end for each client, which points like a gradient; uses `ends` up."""
+    start = group.sent()
+    return {name: torch.sub(start[name], end, out=end) for name, end in ends.items()}
 
 
 @final
 @dataclass(frozen=True)
-class FedAvg(Algorithm):
-    """Clients train on their own for `local_steps`, then their models are averaged.
+class FedAvg(Averaging):
+    """Clients train on their own, then their models are averaged (McMahan et al. 2017).
 
     With unit "client" (and without privacy) a step of the plan is a round: each client's update is clipped as a whole, and
     the noised sum of updates goes to the server's optimiser. With unit "record" a step of the plan is a local step of
@@ -48,143 +79,201 @@ class FedAvg(Algorithm):
 
     Args:
         local: Makes a client's optimiser, anew in every round.
-        local_steps: Steps of a client between two averages.
+        local_steps: Steps of a client between two averages; 1 if nothing is said.
         batch_size: Records of a plain local step; None means all of the client's. With unit "record" the plan's
             sampler draws instead.
         server: Makes the server's optimiser for the averaged update; the default takes it as it is.
+        local_epochs: Passes over the client's records, in place of `local_steps`.
 
     Raises:
-        InputError: a count is below 1.
+        InputError: a count is below 1, or both steps and epochs are given.
     """
 
     local: MakeOptimizer
-    local_steps: int = 1
+    local_steps: int | None = None
     batch_size: int | None = None
-    server: MakeOptimizer = _AS_IT_IS
+    server: MakeOptimizer = AS_IT_IS
+    local_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        _checks.count("local_steps", self.local_steps)
-        if self.batch_size is not None:
-            _checks.count("batch_size", self.batch_size)
+        _ = self.training
 
+    @cached_property
+    @override
+    def training(self) -> LocalTraining:
+        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
+
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, self.server)
+
+    @override
     def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
         """Return the procedure for the unit of the plan."""
-        if federation.plan.is_private and not federation.protects_clients:
-            if noise is not None and not isinstance(noise, LocalNoise):
-                raise PlanError(
-                    "FedAvg that protects records adds noise inside every client (LocalNoise): several local steps "
-                    'cannot be bounded for one record afterwards. Use FedSGD for other noise, or unit "client".'
-                )
-            return _LocalPrivateSteps(federation, self)
-        made_for(federation.model, self.local)  # refuses an unfit optimiser before anything is charged
-        return ClientSums(federation, noise, self.server, functools.partial(_update, federation, self))
-
-
-def _update(federation: Federation, algorithm: FedAvg, name: str) -> Vector:
-    """Train a copy of the model on one client's records; return (start - end), which points like a gradient."""
-    start = trainable(federation.model)
-    # A fresh copy for each client, so that nothing the model keeps of one (a buffer, an attribute) reaches the next.
-    scratch = copy.deepcopy(federation.model)
-    optimizer = made_for(scratch, algorithm.local)
-    records = federation.clients[name]
-    size = min(algorithm.batch_size or len(records), len(records))
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(algorithm.local_steps):
-        if len(order) < size:
-            order = federation.source.permutation(len(records))
-        indices, order = order[:size], order[size:]
-        features, targets = batch_on(scratch, records, indices)
-        optimizer.zero_grad()
-        mean_loss(federation.loss(scratch(features), targets)).backward()
-        optimizer.step()
-    moved = {key: start[key].detach() - parameter.detach() for key, parameter in trainable(scratch).items()}
-    return Vector(moved, len(records))
+        if federation.protects_clients or not federation.plan.is_private:
+            return ClientRounds(federation, noise, self)
+        if noise is not None and not isinstance(noise, LocalNoise):
+            raise PlanError(
+                "FedAvg that protects records adds noise inside every client (LocalNoise): several local steps "
+                'cannot be bounded for one record afterwards. Use FedSGD for other noise, or unit "client".'
+            )
+        if self.training.steps is None:
+            raise PlanError("FedAvg that protects records counts local steps, not epochs; give local_steps.")
+        return LocalPrivateSteps(federation, self.local, self.training.steps)
 
 
 @final
-class _LocalPrivateSteps(Procedure):
-    """DP-SGD at every client in lock-step, with averages in between. A record is at one client: parallel composition."""
+@dataclass(frozen=True)
+class FedAvgM(Averaging):
+    """FedAvg whose server keeps a momentum of the updates (Hsu, Qi and Brown 2019).
 
-    def __init__(self, federation: Federation, algorithm: FedAvg) -> None:
-        check_federation(federation)
-        self._federation, self._algorithm = federation, algorithm
-        self._sizes = _declared(federation)
-        self._draws = start_draws(federation, {})
-        self.use_terms(federation.plan.terms(0))
-        self._models = {name: copy.deepcopy(federation.model) for name in federation.clients}
-        space = Workspace()  # one for all, because the clients of this process take their steps in turn
-        self._gradients = {
-            name: PrivateGradient(
-                model, federation.loss, federation.plan.terms(0).bounded, compute=federation.compute, space=space
-            )
-            for name, model in self._models.items()
-        }
-        self._optimizers = {name: made_for(model, algorithm.local) for name, model in self._models.items()}
-        self.aggregation = LocalNoise()
-        self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
+    Args:
+        local: As for `FedAvg`.
+        local_steps: As for `FedAvg`.
+        batch_size: As for `FedAvg`.
+        momentum: In [0, 1).
+        server_lr: Above 0.
+        local_epochs: As for `FedAvg`.
 
-    def contributions(self, step: int) -> dict[str, ClippedSum]:
-        names = list(self._federation.clients)
-        batches = {name: self._draws[name].batch(step) for name in names}
-        return self._federation.engine.run(lambda name: self._part(name, batches[name]), names, step)
+    Raises:
+        InputError: a number is out of range.
+    """
 
-    def _part(self, name: str, indices: Tensor) -> ClippedSum:
-        features, targets = batch_on(self._models[name], self._federation.clients[name], indices)
-        return self._gradients[name].sum(features, targets, self.terms.bounded)
+    local: MakeOptimizer
+    local_steps: int | None = None
+    batch_size: int | None = None
+    momentum: float = 0.9
+    server_lr: float = 1.0
+    local_epochs: int | None = None
 
-    def asked(self, step: int) -> int:
-        return len(self._federation.clients)
+    def __post_init__(self) -> None:
+        _checks.fraction("momentum", self.momentum, allow_zero=True)
+        _checks.positive("server_lr", self.server_lr)
+        _ = self.training
 
-    def probe(self) -> Bounded:
-        return self._part(next(iter(self._federation.clients)), torch.zeros(1, dtype=torch.int64)).bounded
+    @cached_property
+    @override
+    def training(self) -> LocalTraining:
+        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
 
-    def apply(self, released: Mapping[str, Released], step: int) -> None:
-        plan = self._federation.plan
-        for name, release in released.items():
-            divisor = self.terms.rate * self._sizes[name]
-            take_step(self._models[name], self._optimizers[name], [release.value], divisor)
-        if (step + 1) % self._algorithm.local_steps == 0 or step + 1 == plan.steps:
-            self._average()
-
-    def _average(self) -> None:
-        total = sum(self._sizes.values())
-        local = [(trainable(self._models[name]), size / total) for name, size in self._sizes.items()]
-        with torch.no_grad():
-            for key, parameter in trainable(self._federation.model).items():
-                parameter.copy_(torch.stack([weights[key] * share for weights, share in local]).sum(0))
-        for name, model in self._models.items():
-            model.load_state_dict(self._federation.model.state_dict())
-            self._optimizers[name] = made_for(model, self._algorithm.local)
-
-    def plain(self, step: int) -> None:
-        raise PlanError("Local private steps need a private plan; this is a fault in sfumato.")
-
-    def skip(self) -> None:
-        # A boundary may have been among the lost steps; an extra average is post-processing.
-        self._average()
-
-    def data_digest(self) -> str:
-        return digest_of(self._federation)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "draws": {name: draw.state() for name, draw in self._draws.items()},
-            "models": {name: model.state_dict() for name, model in self._models.items()},
-            "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self._optimizers.items()},
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._draws = start_draws(self._federation, state["draws"])
-        for name, model in self._models.items():
-            model.load_state_dict(state["models"][name])
-            restore_optimizer(self._optimizers[name], state["optimizers"][name])
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, functools.partial(SGD, lr=self.server_lr, momentum=self.momentum))
 
 
-def _declared(federation: Federation) -> dict[str, int]:
-    populations = federation.populations
-    if populations is None or set(populations) != set(federation.clients):
-        raise PlanError(
-            "FedAvg that protects records divides each client's sums by its public size: pass populations, a mapping "
-            f"of each client ({', '.join(federation.clients)}) to its declared number of records."
+@final
+@dataclass(frozen=True)
+class FedProx(Averaging):
+    """FedAvg whose clients are pulled back to the server's model (Li et al. 2020).
+
+    Args:
+        local: As for `FedAvg`.
+        mu: How strongly: mu / 2 * (distance to the server's model)**2 is added to a client's loss.
+        local_steps: As for `FedAvg`.
+        batch_size: As for `FedAvg`.
+        server: As for `FedAvg`.
+        local_epochs: As for `FedAvg`.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    local: MakeOptimizer
+    mu: float = 0.01
+    local_steps: int | None = None
+    batch_size: int | None = None
+    server: MakeOptimizer = AS_IT_IS
+    local_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        _checks.positive("mu", self.mu)
+        _ = self.training
+
+    @cached_property
+    @override
+    def training(self) -> LocalTraining:
+        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size, self.mu)
+
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, self.server)
+
+
+@dataclass(frozen=True)
+class Adaptive(Averaging):
+    """FedAvg whose server has a step size for each coordinate (Reddi et al. 2021, algorithm 2).
+
+    Args:
+        local: As for `FedAvg`.
+        local_steps: As for `FedAvg`.
+        batch_size: As for `FedAvg`.
+        server_lr: Above 0; try 10 ** -2.5 to 10 ** -1.
+        beta1: Momentum of the update, in [0, 1).
+        beta2: Momentum of its squares, in [0, 1); FedAdagrad has none.
+        tau: The degree of adaptivity, above 0.
+        local_epochs: As for `FedAvg`.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    local: MakeOptimizer
+    local_steps: int | None = None
+    batch_size: int | None = None
+    server_lr: float = 0.03
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    local_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._make([nn.Parameter(torch.zeros(1))])
+        _ = self.training
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """One of `server_optimizers.KINDS`."""
+
+    @cached_property
+    @override
+    def training(self) -> LocalTraining:
+        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
+
+    @property
+    def _make(self) -> MakeOptimizer:
+        return functools.partial(
+            AdaptiveServer, kind=self.kind, lr=self.server_lr, beta1=self.beta1, beta2=self.beta2, tau=self.tau
         )
-    return {name: _checks.count(f'population of "{name}"', populations[name]) for name in federation.clients}
+
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, self._make)
+
+
+@final
+class FedAdam(Adaptive):
+    """`Adaptive` whose second moments are those of Adam; its arguments are those of `Adaptive`."""
+
+    kind = "adam"
+
+
+@final
+class FedYogi(Adaptive):
+    """`Adaptive` whose second moments are those of Yogi; its arguments are those of `Adaptive`."""
+
+    kind = "yogi"
+
+
+@final
+class FedAdagrad(Adaptive):
+    """`Adaptive` whose second moments are those of Adagrad; its arguments are those of `Adaptive`."""
+
+    kind = "adagrad"
+
+
+def local_training(
+    local: MakeOptimizer, steps: int | None, epochs: int | None, batch_size: int | None, proximal: float = 0.0
+) -> LocalTraining:
+    """Return what a client does; one step if neither steps nor epochs are given."""
+    return LocalTraining(local, 1 if steps is None and epochs is None else steps, epochs, batch_size, proximal)

@@ -1,48 +1,127 @@
 """A federation's rounds as values and functions: what the server sends, what a client does, how sums become an update.
 
 The clients' records never meet. In a round every client turns its own records into one clipped sum; the sums are added up and
-noised (`sfumato.learning.aggregation`), and the server's optimiser takes the released sum for a gradient.
+noised (`sfumato.learning.aggregation`), and the server uses the released sum. This goes on until the plan ends or a
+stopping rule holds.
 
-| algorithm | unit "record" | unit "client" |
+| unit of the plan | what is clipped | algorithms |
 | --- | --- | --- |
-| `FedSGD` | clipped gradients of records, one sum over all clients a round: the same model as pooled DP-SGD | each client's mean gradient, clipped |
-| `FedAvg` | each client trains by DP-SGD with its own noise; models are averaged every `local_steps` steps | each client trains plainly for `local_steps` steps; its update is clipped |
-"""  # noqa: E501
+| "client", or no privacy | each client's update, as a whole | all |
+| "record" | the gradient of each record | `FedSGD` (one sum over all clients a round), `FedAvg` (DP-SGD at every client) |
+"""
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, final
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.data.sampling import Shuffled
-from sfumato.errors import InputError, PlanError
+from sfumato.errors import PlanError
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
-from sfumato.gradients.support import check_model
+from sfumato.gradients.support import check_model, trainable
 from sfumato.learning.aggregation import Aggregation
+from sfumato.learning.groups import Group, running_statistics
+from sfumato.learning.local_training import MakeOptimizer
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import Procedure, check_optimizer
+from sfumato.learning.weighting import BY_RECORDS, Weighting
+from sfumato.privacy.bounded import Bounded, Tensors
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.randomness import RandomSource
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-"""Makes an optimiser for given parameters, for example `functools.partial(torch.optim.SGD, lr=0.1)`."""
+
+@final
+@dataclass(frozen=True)
+class Answer:
+    """What some clients of a round hand in together.
+
+    Attributes:
+        total: The weighted, and where privacy is promised clipped, sum of their vectors, by name, float64.
+        weight: The sum of their weights.
+        answered: How many clients are in the sum.
+        nonfinite: How many were left out because a value was NaN or infinite.
+        refused: How many were left out because names or shapes were not those of the round.
+        kept: What each client keeps for its next round, by its number.
+        parts: Each client's own bounded vector, by its number, where the noise needs them apart.
+    """
+
+    total: Tensors
+    weight: float
+    answered: int
+    nonfinite: int = 0
+    refused: int = 0
+    kept: Mapping[int, Tensors] = field(default_factory=dict)
+    parts: Mapping[int, Bounded] | None = None
+
+    @classmethod
+    def joined(cls, answers: Iterable[Answer]) -> Answer:
+        """Return several answers as one, adding up as they come; uses the first one's total up."""
+        total: dict[str, Tensor] = {}
+        parts: dict[int, Bounded] | None = None
+        kept: dict[int, Tensors] = {}
+        weight, answered, nonfinite, refused = 0.0, 0, 0, 0
+        for answer in answers:
+            for name, value in answer.total.items():
+                total[name] = total[name].add_(value) if name in total else value
+            if answer.parts is not None:
+                parts = {**(parts or {}), **answer.parts}
+            kept |= answer.kept
+            weight += answer.weight
+            answered += answer.answered
+            nonfinite += answer.nonfinite
+            refused += answer.refused
+        return cls(total, weight, answered, nonfinite, refused, kept, parts)
+
+
+@final
+@dataclass(frozen=True)
+class Task:
+    """The clients' part of a run, for an engine.
+
+    Attributes:
+        population: All clients; those of a round are made by the engine.
+        work: Trains clients, given their numbers, their records and one of the ways.
+        ways: In which the work can be done, the surest last; they differ in speed and rounding only.
+        agrees: Whether a way gives for these clients what the last one gives, computed in float64.
+        size: Numbers in one client's vector.
+        serial: Whether clients draw from one stream of random numbers, so that they must take their turns.
+    """
+
+    population: Population
+    work: Callable[[Sequence[int], Sequence[Records], str], Answer]
+    ways: tuple[str, ...]
+    agrees: Callable[[Sequence[int], Sequence[Records], str], bool]
+    size: int
+    serial: bool = False
+
+
+class Runner(Protocol):
+    """An engine at work on one run."""
+
+    def answers(self, clients: Sequence[int], step: int) -> Iterator[Answer]:
+        """Yield answers that together are those of all clients that were not lost."""
+        ...
 
 
 class Engine(Protocol):
     """Where the clients of a round run."""
 
-    def run(self, work: Callable[[str], Answer], clients: Sequence[str], step: int) -> dict[str, Answer]:
+    def run(self, work: Callable[[str], Result], clients: Sequence[str], step: int) -> dict[str, Result]:
         """Return what `work` gave for each client that answered; who is missing was lost."""
+        ...
+
+    def start(self, task: Task) -> Runner:
+        """Return what runs the rounds of one run."""
         ...
 
 
@@ -60,21 +139,30 @@ class Federation:
         source: Randomness for sampling and noise.
         populations: Declared, public number of records of each client, where an algorithm needs it.
         compute: Speed knobs.
+        weighting: How much a client counts.
+        quorum: Fewer answers than this make a round void.
     """
 
     model: nn.Module
-    clients: Mapping[str, Records]
+    clients: Population
     plan: Plan
     loss: Loss
     engine: Engine
     source: RandomSource
     populations: Mapping[str, int] | None = None
     compute: Compute = DEFAULT
+    weighting: Weighting = BY_RECORDS
+    quorum: int = 0
+
+    @property
+    def counts_clients(self) -> bool:
+        """Whether the plan's population are the clients: a round's cohort is drawn from them."""
+        return self.plan.budget.unit is Unit.CLIENT
 
     @property
     def protects_clients(self) -> bool:
-        """Whether the unit of the budget is the client."""
-        return self.plan.budget.unit is Unit.CLIENT
+        """Whether the unit of a promise is the client."""
+        return self.plan.is_private and self.counts_clients
 
 
 class Algorithm(ABC):
@@ -85,26 +173,115 @@ class Algorithm(ABC):
         """Return the procedure, with the noise where asked or where the algorithm needs it."""
 
 
+@final
+@dataclass(frozen=True)
+class Server:
+    """The server's side of a run.
+
+    Attributes:
+        model: Changed in place.
+        optimizer: Over the model's trainable parameters.
+        shared: What the server keeps and sends besides the model, by name.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    shared: dict[str, Tensor]
+
+    def descend(self, mean: Tensors) -> None:
+        """Let the optimiser take `mean` for a gradient, and move the running statistics by it."""
+        for name, parameter in trainable(self.model).items():
+            if name in mean:  # personal layers are not
+                parameter.grad = mean[name].to(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for name, value in running_statistics(self.model).items():
+            if name in mean:
+                value.sub_(mean[name].to(value.dtype))
+                if name.rpartition(".")[2] == "running_var":
+                    value.clamp_(min=0)  # noise may take a variance below 0
+
+
+@final
+@dataclass(frozen=True)
+class Work:
+    """What the clients of a group computed.
+
+    Attributes:
+        vectors: What each hands in, in the direction of a gradient, by name, (clients, ...).
+        kept: What each keeps for its next round, by name, (clients, ...).
+    """
+
+    vectors: dict[str, Tensor]
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ClientAlgorithm(Algorithm):
+    """An algorithm whose clients each hand in one vector: pure functions of what was sent, kept and held.
+
+    `client` runs at the clients, for a group of them at once; `update` at the server.
+    """
+
+    def shared(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what the server sends besides the model, as it is before the first round."""
+        return {}
+
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what a client keeps before its first round."""
+        return {}
+
+    def shapes(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return tensors with the names and shapes of what a client hands in."""
+        return {**trainable(model), **running_statistics(model)}
+
+    @abstractmethod
+    def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
+        """Do the clients' part of a round.
+
+        Args:
+            group: The clients, with their records and what they can do.
+            shared: What the server sent besides the model.
+            kept: What each kept from its last round, by name, (clients, ...).
+        """
+
+    @abstractmethod
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        """Return the server's optimiser."""
+
+    def update(self, server: Server, mean: Tensors, share: float) -> None:
+        """Use the weighted mean of the vectors.
+
+        Args:
+            server: Changed in place.
+            mean: By name, uses up.
+            share: Of all clients that are in the mean.
+        """
+        server.descend(mean)
+
+    def personal(self, model: nn.Module, kept: Tensors) -> dict[str, Tensor]:
+        """Return the parameters of one client's own model, by name; empty if it is the server's."""
+        return {}
+
+    def check(self, federation: Federation) -> None:
+        """Refuse a federation that this algorithm cannot serve.
+
+        Raises:
+            PlanError: names the reason and the fix.
+        """
+
+
 def check_federation(federation: Federation) -> None:
     """Refuse a federation that cannot keep its plan.
 
     Raises:
-        InputError: there is no client, or a client has no record.
         PlanError: the sampler or the population does not fit the unit.
-        UnsupportedModelError: the model mixes records.
+        UnsupportedModelError: the model mixes records where they are protected one by one.
     """
-    if not federation.clients:
-        raise InputError("A federation needs at least one client; pass a mapping of name to Records.")
-    for name, records in federation.clients.items():
-        if name == "all":
-            raise InputError('"all" is what the sum over the clients is called; give the client another name.')
-        if not len(records):
-            raise InputError(f'Client "{name}" has no records; leave it out of the federation.')
-    check_model(federation.model)
     plan = federation.plan
-    if isinstance(plan.sampler, Shuffled):
+    check_model(federation.model, mixing=not plan.is_private or federation.protects_clients)
+    if isinstance(plan.sampler, Shuffled) and not federation.counts_clients:
         raise PlanError('Shuffled batches are not defined across clients; use sampling "poisson" or a full batch.')
-    if federation.protects_clients and plan.population != len(federation.clients):
+    if federation.counts_clients and plan.population != len(federation.clients):
         raise PlanError(
             f"The plan is for a population of {plan.population} clients and the federation has {len(federation.clients)}; "
             "make the plan for the clients there are."
@@ -127,12 +304,6 @@ def made_for(model: nn.Module, make: MakeOptimizer) -> Optimizer:
     optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
     check_optimizer(model, optimizer)
     return optimizer
-
-
-def digest_of(federation: Federation) -> str:
-    """Return a digest of every client's name and records, in order; private."""
-    parts = [f"{name} {records.digest()}" for name, records in federation.clients.items()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def start_draws(federation: Federation, states: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
-from sfumato.learning.client_sums import ClientSums, Vector
+from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.federated import (
-    Algorithm,
+    ClientAlgorithm,
     Federation,
-    MakeOptimizer,
+    Work,
     check_federation,
-    digest_of,
     made_for,
     start_draws,
     who_is_protected,
 )
+from sfumato.learning.groups import Group
+from sfumato.learning.local_training import MakeOptimizer
 from sfumato.learning.procedure import (
     Procedure,
     batch_on,
@@ -34,16 +35,16 @@ from sfumato.learning.procedure import (
     restore_optimizer,
     take_step,
 )
-from sfumato.privacy.bounded import Bounded, Released
+from sfumato.privacy.bounded import Bounded, Released, Tensors
 
 
 @final
 @dataclass(frozen=True)
-class FedSGD(Algorithm):
+class FedSGD(ClientAlgorithm):
     """One gradient of each client a round.
 
     With unit "record" every client clips and sums the gradients of its own records; the sum over all clients is noised
-    once: the same model as pooled DP-SGD. With unit "client" each client's mean gradient is clipped.
+    once: the same model as pooled DP-SGD. With unit "client" each client's mean gradient is clipped as a whole.
 
     Args:
         optimizer: Makes the server's optimiser.
@@ -53,23 +54,21 @@ class FedSGD(Algorithm):
 
     def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
         """Return the procedure for the unit of the plan."""
-        if federation.plan.is_private and federation.protects_clients:
-            return ClientSums(federation, noise, self.optimizer, functools.partial(_mean_gradient, federation))
+        if federation.counts_clients:
+            return ClientRounds(federation, noise, self)
         return _RecordSums(federation, noise, self.optimizer)
 
+    @override
+    def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
+        return Work(group.gradients())
 
-def _mean_gradient(federation: Federation, name: str) -> Vector:
-    records = federation.clients[name]
-    # On a copy, so that nothing the model keeps of one client (a buffer, an attribute) reaches the server or the next one.
-    model = copy.deepcopy(federation.model)
-    loss = _loss_on(federation, model, name, torch.arange(len(records)))
-    parameters = trainable(model)
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    values = {
-        key: torch.zeros_like(parameter) if gradient is None else gradient
-        for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-    }
-    return Vector(values, len(records))
+    @override
+    def shapes(self, model: nn.Module) -> dict[str, Tensor]:
+        return trainable(model)
+
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, self.optimizer)
 
 
 def _loss_on(federation: Federation, model: nn.Module, name: str, indices: Tensor) -> Tensor:
@@ -135,7 +134,7 @@ class _RecordSums(Procedure):
         pass
 
     def data_digest(self) -> str:
-        return digest_of(self._federation)
+        return self._federation.clients.identity()
 
     def state(self) -> dict[str, Any]:
         draws = {name: draw.state() for name, draw in self._draws.items()}

@@ -20,7 +20,7 @@ from sfumato.learning.filters import Filter, rollout
 from sfumato.learning.policies import PublicPolicy, ReleasedPolicy
 from sfumato.learning.terms import Terms
 from sfumato.privacy import accounting, calibration, events
-from sfumato.privacy.budget import Budget, Relation
+from sfumato.privacy.budget import Budget, Relation, Unit
 from sfumato.privacy.mechanisms import LARGEST_MULTIPLIER
 from sfumato.privacy.schedules import Constant, Schedule
 
@@ -161,11 +161,14 @@ class Plan:
     @classmethod
     def without_privacy(
         cls, *, population: int, batch_size: int, steps: int | None = None, epochs: float | None = None,
-        sampling: str = "poisson",
+        sampling: str = "poisson", unit: str = "record",
     ) -> Plan:  # fmt: skip
-        """Return a plan of plain training: no clipping, no noise, no promise."""
+        """Return a plan of plain training: no clipping, no noise, no promise.
+
+        With unit "client" the population are the clients of a federation, and the sampler draws the cohort of each round.
+        """
         return cls.calibrate(
-            Budget(math.inf),
+            Budget(math.inf, unit=Unit(unit)),
             population=population,
             batch_size=batch_size,
             steps=steps,

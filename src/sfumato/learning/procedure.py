@@ -52,12 +52,34 @@ class Procedure(ABC):
         not_covered: Sentences that this procedure adds to the privacy statement.
         leads: Whether this process draws, pays, releases and saves; False where it only works along.
         terms: What the current step is done with.
+        refused: How many answers of clients were left out because names or shapes were not those of the round.
     """
 
     aggregation: Aggregation
     not_covered: tuple[str, ...]
     leads: bool = True
     terms: Terms
+    refused: int = 0
+
+    @property
+    def is_void(self) -> bool:
+        """Whether too few answered in the current step, so that nothing of it may be released."""
+        return False
+
+    def personal_model(self, client: str) -> nn.Module:
+        """Return a copy of the model as one client has it.
+
+        Raises:
+            KeyError: there is no such client.
+        """
+        raise KeyError(client)
+
+    def void(self) -> None:  # noqa: B027 (only rounds of clients can be void)
+        """Take note that the current step is void."""
+
+    def shapes(self) -> Mapping[str, Tensor] | None:
+        """Return tensors with the names and shapes of what a step releases; None for the trainable parameters."""
+        return None
 
     @property
     def kind(self) -> str:
@@ -116,9 +138,8 @@ class Procedure(ABC):
         """Take back what `state` returned."""
 
 
-def zero_like(model: nn.Module, clipping: Clipping) -> Bounded:
-    """Return the sum of no units, in the shapes of the model's trainable parameters."""
-    parameters = trainable(model)
+def zero_like(parameters: Mapping[str, Tensor], clipping: Clipping) -> Bounded:
+    """Return the sum of no units, in the shapes of the given tensors."""
     # One zero seen in every place, so that it costs no memory.
     value = {
         name: torch.zeros((), dtype=torch.float64, device=tensor.device).expand(tensor.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -23,6 +23,7 @@ from sfumato.learning.control import Control
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import Procedure, Progress, zero_like
 from sfumato.learning.selfcheck import check_bounded, check_noised, check_scale
+from sfumato.learning.stopping import Stop
 from sfumato.learning.terms import Terms
 from sfumato.privacy import events
 from sfumato.privacy.books import Cost
@@ -58,6 +59,10 @@ class Step:
     left: float
 
 
+def _no_client(client: str) -> nn.Module:
+    raise KeyError(client)
+
+
 @final
 @dataclass(frozen=True)
 class TrainingResult:
@@ -71,6 +76,12 @@ class TrainingResult:
         lost: Steps that were paid for and lost, in a crash or a stop in the middle of a step.
         nonfinite: How often a unit's NaN or infinite part was left out. For the data's owner only: it is not covered by
             the budget and must not be published.
+        refused: How many answers of clients were left out because names or shapes were not those of the round. For the
+            data's owner only.
+        void: Rounds in which too few clients answered; they are spent and released nothing.
+        stopped: Why a stopping rule ended the run; empty if the plan did.
+        personal_model: Called with a client's name; returns the model as that client has it. What a client keeps of its own
+            never left it and is under no promise; hand it to nobody else.
     """
 
     model: nn.Module
@@ -79,6 +90,10 @@ class TrainingResult:
     run: str
     lost: int
     nonfinite: int = field(repr=False)
+    refused: int = field(default=0, repr=False)
+    void: int = 0
+    stopped: str = ""
+    personal_model: Callable[[str], nn.Module] = field(default=_no_client, repr=False)
 
 
 @final
@@ -106,9 +121,11 @@ class Training(Iterator[Step]):
 
     def __init__(
         self, model: nn.Module, plan: Plan, procedure: Procedure, account: Account, source: RandomSource,
-        checkpoint: Checkpoint | None = None,
+        checkpoint: Checkpoint | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
         self.model, self.plan = model, plan
+        self._stop, self._asked = stop, None if stop is None else stop.begin()
+        self._stopped = ""
         self._procedure, self._account, self._source = procedure, account, source
         self._checkpoint = checkpoint if procedure.leads else None
         self._steps: list[Step] = []
@@ -121,6 +138,7 @@ class Training(Iterator[Step]):
         self._remembered = account.ledger is not None and account.ledger.is_durable
         self._saved_at = 0
         self._lost = 0
+        self._void = 0
         self._settled = False
         self._digest: str | None = None
         self._control = Control(plan)
@@ -138,7 +156,7 @@ class Training(Iterator[Step]):
     def _next(self) -> Step:
         if self.plan.is_private and self._procedure.leads:
             self._catch_up()
-        terms = self._agree(self._next_terms())
+        terms = self._agree(None if self._stopped else self._next_terms())
         if terms is None:
             self._end()
             raise StopIteration
@@ -147,10 +165,13 @@ class Training(Iterator[Step]):
             self._private_step(terms)
         else:
             self._procedure.plain(self._position)
+            self._void += self._procedure.is_void
             self._position += 1
         self._refuse_divergence()
         step = self._step(terms)
         self._steps.append(step)
+        if self._asked is not None:
+            self._stopped = self._asked(self.model, len(self._steps)) or ""
         self._save_if_due()
         return step
 
@@ -164,7 +185,20 @@ class Training(Iterator[Step]):
 
     def result(self) -> TrainingResult:
         """Return the model and the statement of what has been charged for it."""
-        return TrainingResult(self.model, self._statement(), tuple(self._steps), self._run, self._lost, self._nonfinite)
+        return TrainingResult(
+            self.model, self._statement(), tuple(self._steps), self._run, self._lost, self._nonfinite,
+            self._procedure.refused, self._void, self._stopped, self.personal_model,
+        )  # fmt: skip
+
+    def personal_model(self, client: str) -> nn.Module:
+        """Return a copy of the model as one client has it: the server's, with what the client keeps of its own.
+
+        What a client keeps never left it and is under no promise; hand it to nobody else.
+
+        Raises:
+            KeyError: there is no such client.
+        """
+        return self._procedure.personal_model(client)
 
     def _next_terms(self) -> Terms | None:
         """Return what the next step is done with; None if there is none, or another process decides."""
@@ -226,6 +260,9 @@ class Training(Iterator[Step]):
 
     def _private_step(self, terms: Terms) -> None:
         contributions = self._procedure.contributions(self._position)
+        if self._procedure.is_void:
+            self._skip_void()
+            return
         released = self._release(contributions, terms) if self._procedure.leads else {}
         # Sensitive until here; what follows is post-processing.
         del contributions
@@ -234,17 +271,32 @@ class Training(Iterator[Step]):
         self._procedure.apply(released, self._position)
         self._position += 1
 
+    def _skip_void(self) -> None:
+        """Use the step up without releasing anything: to ask again until enough answer would not be the draw that is paid."""
+        if self._charge is None:
+            self._begin_charge()
+        assert self._charge is not None
+        self._charge.take()
+        self._procedure.void()
+        self._void += 1
+        self._position = self._charge.position
+
+    def _begin_charge(self) -> None:
+        if self._checkpoint is not None:
+            checkpoints.check(Path(self._checkpoint.path), self._content())
+        self._charge = self._pay()
+        self._run = self._charge.run
+
     def _release(self, contributions: Mapping[str, ClippedSum], terms: Terms) -> dict[str, Released]:
         self._nonfinite += sum(part.nonfinite for part in contributions.values())
         parts = {name: part.bounded for name, part in contributions.items()}
-        zero = zero_like(self.model, terms.bounded)
+        shapes = self._procedure.shapes() or trainable(self.model)
+        zero = zero_like(shapes, terms.bounded)
         if not self._checked:
-            check_bounded(trainable(self.model), parts, self._procedure.probe())
+            check_bounded(shapes, parts, self._procedure.probe())
         if self._charge is None:
-            if self._checkpoint is not None:
-                checkpoints.check(Path(self._checkpoint.path), self._content())
-            self._charge = self._pay()
-            self._run = self._charge.run
+            self._begin_charge()
+        assert self._charge is not None
         noise = Noise(terms.noise_multiplier, self.plan.budget.relation, self._charge, self._source)
         asked = self._procedure.asked(self._position)
         try:
@@ -261,7 +313,7 @@ class Training(Iterator[Step]):
             )
         check_scale(released, parts, noise_std(zero, terms.noise_multiplier, self.plan.budget.relation))
         if released and not self._checked:
-            check_noised(trainable(self.model), parts, released, zero)
+            check_noised(shapes, parts, released, zero)
             self._checked = True
         return released
 
@@ -392,6 +444,8 @@ class Training(Iterator[Step]):
         not_covered = list(self._procedure.not_covered)
         if self.plan.is_private:
             not_covered += _always_not_covered(self._remembered, self._secret)
+            if self._stop is not None and self._stop.looks:
+                not_covered.append("The score that the stopping rule looked at, and the step at which it stopped.")
         else:
             not_covered = ["Everything: the run was not private."]
         return PrivacyStatement(self.plan.budget, self.plan.spending, self.plan.event, tuple(not_covered), self._secret)

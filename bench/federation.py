@@ -1,0 +1,395 @@
+"""Time and memory of a federated round: sfumato, pfl, Flower's simulation and a plain loop, in turns, in one run.
+
+Every engine trains the same model on the same clients (FedAvg, one local epoch, batches of 10, SGD) in processes of its
+own, in the environment of its library, on two cores; only one engine computes at a time. A turn is one untimed round and a
+few timed ones; what is told is the median. An engine whose first round does not lower the loss on pooled records as the
+plain loop's does has not done the work, and is told as failed.
+
+`first_round_s` runs from the library's import to the end of the first round, so it holds what an engine sets up.
+`peak_mb` is taken in rounds of its own: the most memory that all of an engine's processes hold together, without what is
+mapped from files (libraries and the records), which they share.
+
+Two parts for sfumato alone: `--population`, rounds of 1,000 clients from 10,000 and from 1,000,000; `--memory`, the
+memory that is held over 1,000 rounds.
+
+Usage: python bench/federation.py [--tasks logistic mlp] [--engines plain sfumato] [--turns 5] [--quick] [--out FILE]
+       python bench/federation.py --population | --memory [--quick] [--out FILE]
+The task mnist-writers needs SFUMATO_DATA, the folder that holds mnist and qmnist_writers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from federation_models import ALL, MEMORY, POPULATIONS, SIZES, TASKS
+from federation_worker import ENGINES, THREADS
+
+from gradients import StepError, Worker
+from sfumato.report.describe import describe_machine
+
+HERE = Path(__file__).parent
+OURS = ("plain", "sfumato")
+WARM_UP = 2
+SECONDS = 2.0  # of a turn
+SAMPLE_EVERY = 0.02  # seconds between two looks at the memory
+MEMORY_ROUNDS, SETTLED, LOOK_EVERY = 1000, 100, 50
+
+Row = dict[str, Any]
+
+
+class Engine(Worker):
+    """One engine's processes on one task. They compute nothing until they are asked for rounds."""
+
+    def __init__(self, name: str, task: str, folder: Path) -> None:
+        python, processes = str(python_of(name)), processes_of(name)
+        launch = (
+            [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        )
+        environment = {
+            **os.environ, "PYTHONWARNINGS": "ignore", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0",
+        }  # fmt: skip
+        if name != "flower":  # Ray gives each of its actors as many threads as cores
+            environment["OMP_NUM_THREADS"] = str(THREADS // processes)
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the engine
+        self._process = subprocess.Popen(
+            [python, *launch, str(HERE / "federation_worker.py"), name, task, str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment,
+        )  # fmt: skip
+        self.times: list[float] = []
+        self.peak: float | None = None
+        try:
+            begun = self._answer()
+            self.versions = begun["versions"]
+            self.loss_at_start = self.loss()
+            self.first = begun["start_s"] + self.take(1)[0]
+            self.loss_after_one = self.loss()
+        except StepError:
+            self.close()
+            raise
+
+    def take(self, steps: int) -> list[float]:
+        """Return the seconds of each of `steps` rounds."""
+        seconds: list[float] = self._ask(str(steps))["s"]
+        return seconds
+
+    def loss(self) -> float:
+        """Return the global model's loss on pooled records."""
+        loss: float = self._ask("loss")["loss"]
+        return loss
+
+    def turn(self, usual: float) -> None:
+        """Take the rounds of one turn, where a round usually takes so many seconds."""
+        # The first round of a turn finds the caches full of another process's data.
+        self.times += self.take(1 + max(2, min(10, int(SECONDS / usual))))[1:]
+
+    def watch(self, rounds: int) -> None:
+        """Take rounds, and keep the most memory that the processes hold meanwhile."""
+        over = threading.Event()
+        seen: list[float] = []
+
+        def look() -> None:
+            while not over.is_set():
+                with contextlib.suppress(OSError):
+                    seen.append(self.megabytes())
+                over.wait(SAMPLE_EVERY)
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        try:
+            self.take(rounds)
+        finally:
+            over.set()
+            looking.join()
+        self.peak = max(seen, default=None)
+
+    def megabytes(self) -> float:
+        """Return the memory that all processes hold together, without what is mapped from files."""
+        return sum(map(_held, _tree(self._process.pid))) / 2**20
+
+    def _ask(self, request: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the missing answer tells why
+            print(request, file=self._process.stdin, flush=True)
+        return self._answer()
+
+
+def _tree(process: int) -> Iterator[int]:
+    """Yield a process and all that it started; one that ends meanwhile is left out."""
+    yield process
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in children.read_text().split():
+                yield from _tree(int(child))
+
+
+def _held(process: int) -> int:
+    """Return the bytes that a process holds, its share of what it shares; files are not counted."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+
+
+def processes_of(engine: str) -> int:
+    """Return how many processes of the engine are started; Flower starts its own."""
+    return int(engine.partition("-")[2] or 1)
+
+
+def environment_of(engine: str) -> Path | None:
+    """Return the folder of the engine's own environment, or None for those that run in this one."""
+    return None if engine in OURS else HERE / ".envs" / engine.partition("-")[0]
+
+
+def python_of(engine: str) -> Path:
+    folder = environment_of(engine)
+    return Path(sys.executable) if folder is None else folder / "bin" / "python"
+
+
+def set_up(folder: Path) -> str | None:
+    """Make the environment that the requirements of its name describe, unless it is there; return what went wrong.
+
+    Both peers want other versions than ours (of dp-accounting, packaging, rich), so their files pin what matters.
+    """
+    requirements = HERE / f"requirements-{folder.name}.txt"
+    ready = folder / ".ready"
+    if ready.exists() and ready.read_text() == requirements.read_text():
+        return None
+    print(f"Setting up {requirements.name} in {folder} ...", flush=True)
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements)]
+    for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [str(folder / "bin" / "python"), *install]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["it said nothing"]
+            why = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            return f"the environment of {requirements.name} could not be made: {why}"
+    ready.write_text(requirements.read_text())
+    return None
+
+
+def started(
+    names: Iterable[str], task: str, folder: Path, errors: dict[str, str], stack: ExitStack
+) -> dict[str, Engine]:
+    """Return the engines that took their first rounds; `errors` gets why the others could not."""
+    engines: dict[str, Engine] = {}
+    for name in names:
+        if name in errors:
+            continue
+        try:
+            engine = Engine(name, task, folder)
+            stack.callback(engine.close)
+            engine.take(WARM_UP)
+            engines[name] = engine
+        except StepError as error:
+            errors[name] = str(error)
+    return engines
+
+
+def in_turns(engines: dict[str, Engine], turns: int, errors: dict[str, str]) -> None:
+    """Time the engines in turns, then look at their memory; one that fails is taken out."""
+    usual = {name: min(engine.take(2)) for name, engine in engines.items()}
+
+    def each(what: Callable[[str, Engine], None]) -> None:
+        for name, engine in list(engines.items()):
+            try:
+                what(name, engine)
+            except StepError as error:
+                errors[name] = str(error)
+                del engines[name]
+
+    for _ in range(turns):
+        each(lambda name, engine: engine.turn(usual[name]))
+    each(lambda name, engine: engine.watch(max(2, min(50, int(SECONDS / usual[name])))))
+
+
+def compare(task: str, names: list[str], turns: int, broken: dict[str, str]) -> tuple[list[Row], dict[str, Any]]:
+    """Return a row for each engine on one task, and the engines' libraries."""
+    errors = dict(broken)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        try:
+            ALL[task].write(Path(folder))
+        except OSError as error:
+            return [{"task": task, "engine": name, "error": str(error)} for name in names], {}
+        engines = started(names, task, Path(folder), errors, stack)
+        in_turns(engines, turns, errors)
+        for name, engine in engines.items():
+            if why := idle(engine, engines.get("plain"), ALL[task].tolerance):
+                errors[name] = why
+        rows = [_row(task, name, engines.get(name), errors.get(name)) for name in names]
+        return rows, {name: engine.versions for name, engine in engines.items()}
+
+
+def idle(engine: Engine, plain: Engine | None, tolerance: float) -> str | None:
+    """Return what shows that an engine has not done the plain loop's work, if anything does."""
+    fell = engine.loss_at_start - engine.loss_after_one
+    if not fell > 0:
+        return f"the loss went from {engine.loss_at_start:.4f} to {engine.loss_after_one:.4f} in the first round"
+    if plain is None:
+        return None
+    wanted = plain.loss_at_start - plain.loss_after_one
+    if not abs(fell / wanted - 1) <= tolerance:
+        return f"the loss fell by {fell:.5f} in the first round, the plain loop's by {wanted:.5f}"
+    return None
+
+
+def _row(task: str, name: str, engine: Engine | None, error: str | None) -> Row:
+    row: Row = {"task": task, "engine": name}
+    if engine is not None:
+        row |= {
+            "round_s": round(statistics.median(engine.times), 5),
+            "peak_mb": None if engine.peak is None else round(engine.peak, 1),
+            "first_round_s": round(engine.first, 3),
+            "rounds": len(engine.times),
+            "fastest_s": round(min(engine.times), 5),
+            "loss": [round(engine.loss_at_start, 5), round(engine.loss_after_one, 5)],
+        }
+    return row if error is None else {**row, "error": error}
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows of one task as text: seconds, memory, and how many of ours go into one of theirs."""
+    ours = next((row for row in rows if row["engine"] == "sfumato" and "error" not in row), None)
+    lines = []
+    for row in rows:
+        head = f"{row['task']:18} {row['engine']:8}"
+        if "error" in row:
+            lines.append(f"{head} failed: {row['error']}")
+            continue
+        ratio = f"{row['round_s'] / ours['round_s']:10.2f}" if ours else f"{'':10}"
+        peak = f"{row['peak_mb']:9.1f}" if row["peak_mb"] is not None else f"{'':9}"
+        lines.append(f"{head} {row['round_s']:9.4f} {row['fastest_s']:9.4f} {row['first_round_s']:9.2f} {peak} {ratio}")
+    return "\n".join(lines)
+
+
+HEAD = f"{'task':18} {'engine':8} {'round s':>9} {'fastest':>9} {'first s':>9} {'peak MB':>9} {'/ sfumato':>10}"
+
+
+def compare_engines(asked: argparse.Namespace) -> None:
+    failed = {folder: set_up(folder) for name in asked.engines if (folder := environment_of(name)) is not None}
+    broken = {name: why for name in asked.engines if (why := failed.get(environment_of(name)))}
+    rows: list[Row] = []
+    libraries: dict[str, Any] = {}
+    print(HEAD)
+    for task in asked.tasks:
+        found, versions = compare(task, asked.engines, asked.turns, broken)
+        print(table(found), flush=True)
+        rows += found
+        libraries |= versions
+        # Written after every task, so that a run that is stopped keeps what it has.
+        write(asked, rows, libraries)
+
+
+def compare_populations(asked: argparse.Namespace) -> None:
+    """Time rounds of the same cohort from a small and a large population, in turns."""
+    rows: list[Row] = []
+    print(HEAD)
+    for model in sorted({name.rpartition("-")[0] for name in POPULATIONS}):
+        tasks = [f"{model}-{size}" for size in SIZES]
+        errors: dict[str, str] = {}
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            ALL[tasks[0]].write(Path(folder))
+            engines: dict[str, Engine] = {}
+            for task in tasks:
+                found = started(["sfumato"], task, Path(folder), errors, stack)
+                if errors:
+                    raise SystemExit(f"federation: {task}: {errors['sfumato']}")
+                engines[task] = found["sfumato"]
+            in_turns(engines, asked.turns, errors)
+            found_rows = [_row(task, "sfumato", engines.get(task), errors.get(task)) for task in tasks]
+        print(table(found_rows), flush=True)
+        if not errors:
+            small, large = (row["round_s"] for row in found_rows)
+            found_rows[1]["ratio_to_smaller"] = round(large / small, 4)
+            print(f"  {SIZES[1]:,} clients / {SIZES[0]:,} clients: {large / small:.3f}")
+        rows += found_rows
+        write(asked, rows)
+
+
+def watch_memory(asked: argparse.Namespace) -> None:
+    """Look at the memory that is held over many rounds."""
+    rounds = 2 * SETTLED if asked.quick else MEMORY_ROUNDS
+    rows: list[Row] = []
+    print(f"{'task':18} {'rounds':>7} {'MB after ' + str(SETTLED):>13} {'MB at end':>10} {'growth %':>9}")
+    for task in MEMORY:
+        errors: dict[str, str] = {}
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            ALL[task].write(Path(folder))
+            found = started(["sfumato"], task, Path(folder), errors, stack)
+            if errors:
+                raise SystemExit(f"federation: {task}: {errors['sfumato']}")
+            engine = found["sfumato"]
+            held: list[float] = []
+            for _ in range(0, rounds, LOOK_EVERY):
+                engine.take(LOOK_EVERY)
+                held.append(round(engine.megabytes(), 2))
+        settled = held[SETTLED // LOOK_EVERY - 1]
+        growth = 100 * (held[-1] / settled - 1)
+        rows.append(
+            {
+                "task": task,
+                "engine": "sfumato",
+                "every": LOOK_EVERY,
+                "held_mb": held,
+                "growth_percent": round(growth, 3),
+            }
+        )
+        print(f"{task:18} {rounds:7} {settled:13.1f} {held[-1]:10.1f} {growth:9.2f}", flush=True)
+        write(asked, rows)
+
+
+def write(asked: argparse.Namespace, rows: list[Row], libraries: dict[str, Any] | None = None) -> None:
+    """Write the rows, and beside them the machine; a quick run writes only where it was told."""
+    if asked.out is None:
+        return
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(rows, indent=2) + "\n")
+    machine = {"machine": describe_machine(), "threads": THREADS, "turns": asked.turns, "libraries": libraries or {}}
+    asked.out.with_name(f"{asked.out.stem}-machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+
+
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--turns", type=int)
+    parser.add_argument("--quick", action="store_true", help="one turn; writes nothing unless --out says where")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--population", action="store_true", help="only sfumato: a small and a large population")
+    part.add_argument("--memory", action="store_true", help="only sfumato: memory over many rounds")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args(words)
+    if asked.turns is None:
+        asked.turns = 1 if asked.quick else 5
+    if asked.turns < 1:
+        raise SystemExit("--turns must be at least 1.")
+    if asked.out is None and not asked.quick:
+        part_name = "-population" if asked.population else "-memory" if asked.memory else ""
+        asked.out = HERE / "results" / f"federation{part_name}.json"
+    return asked
+
+
+def main() -> None:
+    asked = parsed()
+    print(f"{describe_machine()}; {THREADS} cores are used")
+    if asked.population:
+        compare_populations(asked)
+    elif asked.memory:
+        watch_memory(asked)
+    else:
+        compare_engines(asked)
+
+
+if __name__ == "__main__":
+    main()

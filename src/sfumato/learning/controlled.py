@@ -1,0 +1,187 @@
+"""Algorithms that correct what clients with unlike records do to an average: SCAFFOLD and FedNova."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from typing_extensions import override
+
+from sfumato import _checks
+from sfumato.errors import InputError, PlanError
+from sfumato.gradients.support import trainable
+from sfumato.learning.fedavg import AS_IT_IS, Averaging, local_training, moved
+from sfumato.learning.federated import Federation, Server, Work, made_for
+from sfumato.learning.groups import Group
+from sfumato.learning.local_training import LocalTraining, MakeOptimizer
+from sfumato.privacy.bounded import Tensors
+
+_CONTROL = ".control "  # in front of a parameter's name; no parameter's own name has a blank
+_NORMALISER = ".normaliser"
+
+
+@final
+@dataclass(frozen=True)
+class Scaffold(Averaging):
+    """Clients correct their steps by how their own gradients differ from everybody's (Karimireddy et al. 2020, option II).
+
+    Each client keeps a control variate, the server keeps their mean. A client hands in its update and the change of its
+    control variate; where clients are protected both are clipped together, as one vector, and noised together.
+    Clients must come back to profit, so this is for few of them, each in many rounds.
+
+    Args:
+        local: Makes a client's optimiser: plain SGD, without momentum or weight decay.
+        local_steps: As for `FedAvg`.
+        batch_size: As for `FedAvg`.
+        server: As for `FedAvg`.
+        local_epochs: As for `FedAvg`.
+
+    Raises:
+        InputError: the optimiser is another, or a number is out of range.
+    """
+
+    local: MakeOptimizer
+    local_steps: int | None = None
+    batch_size: int | None = None
+    server: MakeOptimizer = AS_IT_IS
+    local_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.training.plain_rate:
+            raise InputError(
+                "Scaffold reads a client's mean gradient off its update, which needs plain SGD; use "
+                "functools.partial(torch.optim.SGD, lr=...) without momentum or weight decay."
+            )
+
+    @cached_property
+    @override
+    def training(self) -> LocalTraining:
+        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
+
+    @override
+    def shared(self, model: nn.Module) -> dict[str, Tensor]:
+        return {_CONTROL + name: torch.zeros_like(value) for name, value in trainable(model).items()}
+
+    @override
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.shared(model)
+
+    @override
+    def shapes(self, model: nn.Module) -> dict[str, Tensor]:
+        return {**super().shapes(model), **self.shared(model)}
+
+    @override
+    def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
+        rate = self.training.plain_rate
+        assert rate is not None
+        push = {name.removeprefix(_CONTROL): shared[name] - own for name, own in kept.items()}
+        ends, steps = group.train(self.training, {}, push=push)
+        vectors = moved(group, ends)
+        controls = {}
+        for name, own in kept.items():
+            update = vectors[name.removeprefix(_CONTROL)]
+            taken = (steps * rate).to(update).view(-1, *[1] * (update.dim() - 1))
+            controls[name] = own - shared[name] + update / taken
+        vectors.update({name: control - kept[name] for name, control in controls.items()})
+        return Work(vectors, controls)
+
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, self.server)
+
+    @override
+    def update(self, server: Server, mean: Tensors, share: float) -> None:
+        for name, control in server.shared.items():
+            control.add_(mean[name].to(control.dtype), alpha=share)
+        server.descend(mean)
+
+
+@final
+@dataclass(frozen=True)
+class FedNova(Averaging):
+    """Updates are divided by how far each client's steps could have gone before they are averaged (Wang et al. 2020).
+
+    Clients that take more steps no longer pull the average to themselves. With SGD of momentum rho and tau steps the normaliser
+    is (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho).
+
+    Args:
+        local: Makes a client's optimiser: SGD, with momentum or without, no weight decay.
+        local_epochs: As for `FedAvg`.
+        batch_size: As for `FedAvg`.
+        server: As for `FedAvg`.
+        effective_steps: By which the mean is multiplied again; None for the mean normaliser of the clients, which is computed
+            from their numbers of records: where clients are protected it must be declared.
+        local_steps: As for `FedAvg`.
+
+    Raises:
+        InputError: the optimiser is another, or a number is out of range.
+    """
+
+    local: MakeOptimizer
+    local_epochs: int | None = None
+    batch_size: int | None = None
+    server: MakeOptimizer = AS_IT_IS
+    effective_steps: float | None = None
+    local_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.effective_steps is not None:
+            _checks.positive("effective_steps", self.effective_steps)
+        _ = self._momentum
+
+    @cached_property
+    @override
+    def training(self) -> LocalTraining:
+        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
+
+    @cached_property
+    def _momentum(self) -> float:
+        optimizer = self.training.optimizer([nn.Parameter(torch.zeros(1))])
+        group = optimizer.param_groups[0]
+        if type(optimizer) is not SGD or group["weight_decay"] or group["nesterov"] or group["dampening"]:
+            raise InputError(
+                "FedNova knows how far the steps of SGD go, with momentum or without; use "
+                "functools.partial(torch.optim.SGD, lr=...) without weight decay, nesterov or dampening."
+            )
+        momentum: float = group["momentum"]
+        return momentum
+
+    @override
+    def check(self, federation: Federation) -> None:
+        super().check(federation)
+        if federation.plan.is_private and self.effective_steps is None:
+            raise PlanError(
+                "The mean number of local steps tells how many records the clients have; declare effective_steps for FedNova."
+            )
+
+    @override
+    def shapes(self, model: nn.Module) -> dict[str, Tensor]:
+        shapes = super().shapes(model)
+        return shapes if self.effective_steps is not None else {**shapes, _NORMALISER: torch.zeros(())}
+
+    @override
+    def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
+        ends, steps = group.train(self.training, {})
+        rho, tau = self._momentum, steps.to(torch.float64)
+        normaliser = (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
+        vectors = {
+            name: value.div_(normaliser.to(value).view(-1, *[1] * (value.dim() - 1)))
+            for name, value in moved(group, ends).items()
+        }
+        if self.effective_steps is None:
+            vectors[_NORMALISER] = normaliser.to(torch.float32)
+        return Work(vectors)
+
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, self.server)
+
+    @override
+    def update(self, server: Server, mean: Tensors, share: float) -> None:
+        steps = self.effective_steps or float(mean[_NORMALISER])
+        server.descend({name: value * steps for name, value in mean.items() if name != _NORMALISER})

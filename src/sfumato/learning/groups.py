@@ -1,0 +1,467 @@
+"""Some clients of a round, trained at once: stacked along a new first dimension, or one after the other.
+
+Both ways compute the same steps. Stacked, every operation is done for all clients at once (`torch.func.vmap`), which wins while
+models are small; alone, each client has the machine's caches to itself, which wins when they are large. Where the ways are told
+apart in rounding only, an engine may choose by time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from sfumato.data.records import Records
+from sfumato.gradients.clipped import Loss
+from sfumato.gradients.support import trainable
+from sfumato.learning.fused_linear import Fusing, NotFusable
+from sfumato.learning.local_training import Batches, LocalTraining, batches_of, mixed
+from sfumato.learning.procedure import mean_loss
+
+STACKED, ALONE, CHANNELS_LAST = "stacked", "alone", "alone, channels last"
+
+
+class Trained(NamedTuple):
+    """Where the clients ended.
+
+    Attributes:
+        weights: Parameters and floating-point buffers by name, each (clients, ...).
+        steps: How many steps each client took, (clients,) int64.
+    """
+
+    weights: dict[str, Tensor]
+    steps: Tensor
+
+
+_Batch = tuple[Tensor, Tensor, Tensor | None]
+
+
+@final
+@dataclass
+class Hints:
+    """What was found out about a model while its first clients were trained; it changes the speed and nothing else.
+
+    Attributes:
+        fused: Parameters that `fused_linear` may take; None before the first step.
+    """
+
+    fused: frozenset[str] | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """Clients that work at once, and all that their work may depend on.
+
+    Attributes:
+        model: The server's model; never trained here, only copied.
+        loss: As for `sfumato.train`.
+        clients: The clients' numbers in the population.
+        records: Of each client.
+        key: The round's random 64-bit number, which decides the order of records.
+        way: `STACKED`, `ALONE` or `CHANNELS_LAST`.
+        hints: Shared by the groups of a run.
+    """
+
+    model: nn.Module
+    loss: Loss
+    clients: Sequence[int]
+    records: Sequence[Records]
+    key: int
+    way: str = ALONE
+    hints: Hints = field(default_factory=Hints)
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """Records of each client, (clients,) int64."""
+        return torch.tensor([len(one) for one in self.records])
+
+    def sent(self) -> dict[str, Tensor]:
+        """Return the server's parameters and running statistics for each client, (clients, ...), without a copy."""
+        values = {name: value.detach() for name, value in trainable(self.model).items()} | running_statistics(
+            self.model
+        )
+        return {name: value.expand(len(self.clients), *value.shape) for name, value in values.items()}
+
+    def train(
+        self, training: LocalTraining, start: Mapping[str, Tensor], *, toward: Mapping[str, Tensor] | None = None,
+        push: Mapping[str, Tensor] | None = None,
+    ) -> Trained:  # fmt: skip
+        """Train every client on its own records.
+
+        Args:
+            training: Steps, batches and optimiser.
+            start: Where each client starts, (clients, ...); names that are missing start at the server's.
+            toward: What `training.proximal` pulls to, by parameter, (clients, ...); None for the start.
+            push: Added to every gradient, by parameter, (clients, ...) (SCAFFOLD's correction).
+        """
+        begin = {**self.sent(), **start}
+        batches = batches_of(training, self.sizes, self.key, torch.tensor(self.clients))
+        steps = (batches.count > 0).sum(1)
+        pull = _Pull(training.proximal, begin if toward is None else toward, push)
+        if self.way == STACKED:
+            return Trained(self._stacked(training, begin, pull, batches, steps), steps)
+        if len(self.clients) == 1:
+            alone = self._alone(training, begin, pull, batches, 0)
+            return Trained({name: value.unsqueeze(0) for name, value in alone.items()}, steps)
+        ends: dict[str, Tensor] = {}
+        for row in range(len(self.clients)):
+            for name, value in self._alone(training, begin, pull, batches, row).items():
+                if name not in ends:
+                    ends[name] = value.new_empty(len(self.clients), *value.shape)
+                ends[name][row].copy_(value)
+        return Trained(ends, steps)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradient of each client's mean loss over all of its records, by parameter, (clients, ...)."""
+        if self.way == STACKED:
+            return self._gradients(range(len(self.clients)))
+        parts = [self._gradients([row]) for row in range(len(self.clients))]
+        return {name: torch.stack([one[name] for one in parts]) for name in parts[0]}
+
+    def _gradients(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        begin = self.sent()
+        weights, buffers = self._copied(_picked(begin, rows) if self.way == STACKED else _at(begin, rows[0]))
+        for weight in weights.values():
+            weight.requires_grad_()
+        sizes = self.sizes[list(rows)]
+        place = torch.arange(int(sizes.max())).expand(len(rows), 1, -1)
+        everything = Batches(place.masked_fill(place >= sizes[:, None, None], 0), sizes[:, None])
+        with self._random(rows):
+            total = self._forward()(weights, buffers, *self._data(rows, everything).batch(0, len(rows)))
+        found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(weights.items(), found, strict=True)
+        }
+
+    def _stacked(
+        self, training: LocalTraining, begin: dict[str, Tensor], pull: _Pull, batches: Batches, steps: Tensor
+    ) -> dict[str, Tensor]:
+        # Clients that stop early lie behind the others, so that a step's clients are always the first ones.
+        rows = torch.argsort(steps, descending=True, stable=True)
+        moved = not bool((rows == torch.arange(len(rows))).all())
+        if moved:
+            begin, pull = _picked(begin, rows), pull.at(rows)
+            batches = Batches(batches.index[rows], batches.count[rows])
+        weights, buffers = self._copied(begin)
+        descent = _Descent(training, weights, self._forward(), self.hints)
+        descent.run(buffers, self._data(rows.tolist(), batches), batches, pull)
+        ends = {**weights, **buffers}
+        return _picked(ends, torch.argsort(rows)) if moved else ends
+
+    def _alone(
+        self, training: LocalTraining, begin: dict[str, Tensor], pull: _Pull, batches: Batches, row: int
+    ) -> dict[str, Tensor]:
+        weights, buffers = self._copied(_at(begin, row))
+        if self.way == CHANNELS_LAST:
+            weights = {name: _channels_last(value) for name, value in weights.items()}
+        own = Batches(batches.index[row : row + 1], batches.count[row : row + 1])
+        with self._random([row]):
+            descent = _Descent(training, weights, self._forward(), self.hints)
+            descent.run(buffers, self._data([row], own), own, pull.at(row))
+        return {**weights, **buffers}
+
+    def _forward(self) -> _Forward:
+        # Fresh copies, so that nothing a model or loss keeps of one client (a buffer, an attribute) reaches the next.
+        loss = copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
+        # The parameters are put in anew at each call, so they need no copy.
+        same = {id(parameter): parameter for parameter in self.model.parameters()}
+        return _Forward(copy.deepcopy(self.model, same), loss, many=self.way == STACKED)
+
+    def _copied(self, begin: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return fresh trained parameters and running statistics."""
+        parameters, statistics = trainable(self.model), running_statistics(self.model)
+        return {name: _fresh(begin[name]) for name in parameters}, {name: _fresh(begin[name]) for name in statistics}
+
+    def _data(self, rows: Sequence[int], batches: Batches) -> _Data:
+        device = next(self.model.parameters()).device
+        return _Data([self.records[row] for row in rows], batches, device, self.way)
+
+    @contextlib.contextmanager
+    def _random(self, rows: Sequence[int]) -> Iterator[None]:
+        """Seed what a client's dropout draws by the round and the client, whoever worked before it."""
+        if self.way == STACKED or not draws_numbers(self.model):
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(int(mixed(mixed(torch.tensor(self.clients[rows[0]]) + self.key) - 1)))
+            yield
+
+
+@final
+class _Data:
+    """The records of some clients, cut into batches.
+
+    Stacked, they are copied side by side once: in the order of their batches if no record is used twice, so that a batch is a
+    slice, and in their own order otherwise.
+    """
+
+    def __init__(self, records: Sequence[Records], batches: Batches, device: torch.device, way: str) -> None:
+        self._batches, self._channels_last = batches, way == CHANNELS_LAST
+        self._many, self._sorted = way == STACKED, False
+        first = records[0]
+        if not self._many:
+            self._features, self._targets = first.features.to(device), first.targets.to(device)
+            return
+        self._most = max(len(one) for one in records)
+        self._sorted = batches.index[0].numel() <= self._most + batches.index.shape[2]
+        length = batches.index[0].numel() if self._sorted else self._most
+        self._features = first.features.new_empty(len(records), length, *first.features.shape[1:], device=device)
+        self._targets = first.targets.new_empty(len(records), length, *first.targets.shape[1:], device=device)
+        for row, one in enumerate(records):
+            if self._sorted:
+                index = batches.index[row].flatten()
+                self._features[row] = one.features.index_select(0, index.to(one.features.device))
+                self._targets[row] = one.targets.index_select(0, index.to(one.targets.device))
+            else:
+                self._features[row, : len(one)] = one.features
+                self._targets[row, : len(one)] = one.targets
+
+    def batch(self, step: int, clients: int) -> _Batch:
+        """Return features, targets and, unless all batches are full, the counts of the first `clients` clients' step."""
+        batches = self._batches
+        count = batches.count[:clients, step]
+        size = int(count.max())
+        if self._sorted:
+            place = slice(step * batches.index.shape[2], step * batches.index.shape[2] + size)
+            features, targets = self._features[:clients, place], self._targets[:clients, place]
+        else:
+            index = batches.index[:clients, step, :size]
+            if self._many:
+                index = index + torch.arange(clients).unsqueeze(1) * self._most
+            rows = index.flatten().to(self._features.device)
+            if not self._many:
+                features, targets = self._features.index_select(0, rows), self._targets.index_select(0, rows)
+                return _channels_last(features) if self._channels_last else features, targets, None
+            features = self._features.flatten(0, 1).index_select(0, rows).unflatten(0, (clients, size))
+            targets = self._targets.flatten(0, 1).index_select(0, rows).unflatten(0, (clients, size))
+        return features, targets, None if bool((count == size).all()) else count.to(features.device)
+
+
+class _Pull(NamedTuple):
+    """What is added to every gradient: mu * (weights - anchor) + push."""
+
+    mu: float
+    anchor: Mapping[str, Tensor]
+    push: Mapping[str, Tensor] | None
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.mu and self.push is None
+
+    def at(self, rows: Any) -> _Pull:
+        if self.is_idle:
+            return self
+        return _Pull(self.mu, _picked(self.anchor, rows), None if self.push is None else _picked(self.push, rows))
+
+    def on(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor:
+        if self.mu:
+            gradient = gradient.add(weight - self.anchor[name], alpha=self.mu)
+        return gradient if self.push is None else gradient.add(self.push[name])
+
+
+_Watch = Callable[[Mapping[str, Tensor]], Fusing]
+
+
+@final
+class _Forward:
+    """The sum over clients of their mean losses, as a function of their weights."""
+
+    def __init__(self, scratch: nn.Module, loss: Loss, *, many: bool) -> None:
+        self._scratch, self._loss, self._many = scratch, loss, many
+
+    def __call__(
+        self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], features: Tensor, targets: Tensor,
+        count: Tensor | None, watch: _Watch | None = None,
+    ) -> Tensor:  # fmt: skip
+        def outputs_of(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], features: Tensor) -> Any:
+            with contextlib.nullcontext() if watch is None else watch(weights):
+                return functional_call(self._scratch, {**weights, **buffers}, (features,))
+
+        if not self._many:
+            return mean_loss(self._loss(outputs_of(weights, buffers, features), targets))
+        outputs = vmap(outputs_of)(weights, buffers, features)
+        if _is_cross_entropy(self._loss, outputs, targets):
+            # The same numbers without vmap, under which this loss is taken apart into many small operations.
+            each = cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+            if count is None:
+                return each.sum() / targets.shape[1]
+            part = torch.arange(targets.shape[1], device=count.device) < count[:, None]
+            return (torch.where(part, each, 0.0).sum(1) / count).sum()
+        if count is None:
+            losses = vmap(lambda output, target: mean_loss(self._loss(output, target)))(outputs, targets)
+        else:
+            losses = vmap(functools.partial(_mean_of_first, self._loss))(outputs, targets, count)
+        return losses.sum()
+
+
+def _is_cross_entropy(loss: Loss, outputs: Any, targets: Tensor) -> bool:
+    """Whether the loss is the plain cross entropy of classes, none of which is to be ignored."""
+    return (
+        (loss is cross_entropy or _is_plain(loss))
+        and isinstance(outputs, Tensor)
+        and outputs.dim() == 3
+        and targets.dim() == 2
+        and targets.dtype is torch.int64
+        and not bool((targets < 0).any())
+    )
+
+
+def _is_plain(loss: object) -> bool:
+    if type(loss) is not nn.CrossEntropyLoss or loss.weight is not None:
+        return False
+    return (loss.reduction, loss.ignore_index, loss.label_smoothing) == ("mean", -100, 0.0)
+
+
+def _mean_of_first(loss: Loss, outputs: Any, targets: Tensor, count: Tensor) -> Tensor:
+    """Return the mean loss of a batch's first `count` records; a reduced loss is asked for each record alone."""
+    losses = loss(outputs, targets)
+    if losses.dim() == 0:
+        losses = vmap(lambda output, target: mean_loss(loss(output.unsqueeze(0), target.unsqueeze(0))))(
+            outputs, targets
+        )
+    losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+    part = torch.arange(len(targets), device=count.device) < count
+    return torch.where(part, losses, 0.0).sum() / count
+
+
+@final
+class _Descent:
+    """The steps of local training over weights that are changed in place."""
+
+    def __init__(self, training: LocalTraining, weights: dict[str, Tensor], forward: _Forward, hints: Hints) -> None:
+        self._weights, self._forward, self._hints = weights, forward, hints
+        self._rate = training.plain_rate
+        if self._rate is None:
+            self._parameters = {name: nn.Parameter(tensor) for name, tensor in weights.items()}
+            self._optimizer = training.optimizer(list(self._parameters.values()))
+        self._anchor = torch.zeros((), device=next(iter(weights.values())).device, requires_grad=True)
+
+    def run(self, buffers: Mapping[str, Tensor], data: _Data, batches: Batches, pull: _Pull) -> None:
+        weights = self._weights
+        for step, active in enumerate((batches.count > 0).sum(0).tolist()):
+            if not active:
+                break
+            if active < len(batches.count):
+                some = slice(None, active)
+                weights, buffers, pull = _picked(weights, some), _picked(buffers, some), pull.at(some)
+            batch = data.batch(step, active)
+            if self._rate is None:
+                self._optimized(weights, buffers, batch, pull)
+            else:
+                self._plain(weights, buffers, batch, pull, self._rate)
+
+    def _plain(
+        self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: _Batch, pull: _Pull, rate: float
+    ) -> None:
+        fused = self._hints.fused or frozenset()
+        kept = {name: value.clone() for name, value in buffers.items()} if fused else {}
+        try:
+            total, leaves = self._watched(weights, buffers, batch, fused, rate)
+        except NotFusable:
+            self._hints.fused = fused = frozenset()
+            for name, value in kept.items():
+                buffers[name].copy_(value)
+            total, leaves = self._watched(weights, buffers, batch, fused, rate)
+        asked = [*leaves.values(), self._anchor] if fused else list(leaves.values())
+        gradients = torch.autograd.grad(total, asked, allow_unused=True)
+        found = dict(zip(leaves, gradients, strict=False))
+        for name, weight in weights.items():
+            gradient = found.get(name)
+            if gradient is None:
+                if pull.is_idle:
+                    continue
+                gradient = torch.zeros_like(weight)
+            weight.sub_(pull.on(name, gradient, weight), alpha=rate)
+
+    def _watched(
+        self,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: _Batch,
+        fused: frozenset[str],
+        rate: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        # Detached views share the weights' memory; those that are fused move in the backward pass and need no gradient.
+        seen = {name: value.detach() for name, value in weights.items()}
+        leaves = {name: value.requires_grad_() for name, value in seen.items() if name not in fused}
+        if self._hints.fused is not None and not fused:
+            return self._forward(seen, buffers, *batch), leaves
+        modes: list[Fusing] = []
+
+        def watch(given: Mapping[str, Tensor]) -> Fusing:
+            modes.append(Fusing(given, fused, self._anchor, rate))
+            return modes[-1]
+
+        total = self._forward(seen, buffers, *batch, watch)
+        if self._hints.fused is None:
+            self._hints.fused = modes[-1].fusable()
+        return total, leaves
+
+    def _optimized(
+        self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: _Batch, pull: _Pull
+    ) -> None:
+        leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
+        total = self._forward(leaves, buffers, *batch)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        resting: dict[str, Tensor] = {}
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            parameter = self._parameters[name]
+            if gradient is None and pull.is_idle:
+                parameter.grad = None
+                continue
+            found = pull.on(name, torch.zeros_like(leaf) if gradient is None else gradient, leaf.detach())
+            if leaf.shape != parameter.shape:  # clients that have stopped rest where they are
+                resting[name] = parameter.detach()[len(leaf) :].clone()
+                found = torch.cat([found, torch.zeros_like(resting[name])])
+            parameter.grad = found
+        self._optimizer.step()
+        for name, value in resting.items():
+            rested = self._parameters[name].detach()
+            rested[len(rested) - len(value) :] = value
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running means and variances of the model's batch normalisations, which clients change as they train."""
+    return {
+        f"{path}.{key}" if path else key: value
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key, value in module._buffers.items()
+        if value is not None and value.is_floating_point()
+    }
+
+
+def draws_numbers(model: nn.Module) -> bool:
+    """Whether the model draws random numbers in training (dropout), so that clients have to be seeded one by one."""
+    return any(
+        module.training and (isinstance(module, (_DropoutNd, nn.RReLU)) or getattr(module, "dropout", 0))
+        for module in model.modules()
+    )
+
+
+def _fresh(value: Tensor) -> Tensor:
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def _picked(values: Mapping[str, Tensor], rows: Any) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in values.items()}
+
+
+def _at(values: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: value[row] for name, value in values.items()}
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value

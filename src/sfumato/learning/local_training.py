@@ -1,0 +1,148 @@
+"""How a client trains on its own: steps or epochs, batches, optimiser; and which record is in which batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+from sfumato import _checks
+from sfumato.errors import InputError
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+"""Makes an optimiser for given parameters, for example `functools.partial(torch.optim.SGD, lr=0.1)`."""
+
+_BY_ELEMENT = (SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop)
+
+
+@final
+@dataclass(frozen=True)
+class LocalTraining:
+    """What every client of a round does on its own records.
+
+    Args:
+        optimizer: Makes the client's optimiser, anew in every round.
+        steps: Number of steps; or give `epochs`.
+        epochs: Passes over the client's records; the last batch of a pass may be smaller.
+        batch_size: Records of a step; None means all of the client's.
+        proximal: FedProx's mu: pulls with mu * (weights - where the client started), at least 0.
+
+    Raises:
+        InputError: a number is out of range, or both or none of steps and epochs are given.
+    """
+
+    optimizer: MakeOptimizer
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    proximal: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.optimizer):
+            raise InputError(
+                "The local optimiser must be a function of parameters, for example functools.partial(torch.optim.SGD, lr=0.1)."
+            )
+        if (self.steps is None) == (self.epochs is None):
+            raise InputError("Give either local_steps or local_epochs, and only one of them.")
+        for name, count in (
+            ("local_steps", self.steps),
+            ("local_epochs", self.epochs),
+            ("batch_size", self.batch_size),
+        ):
+            if count is not None:
+                _checks.count(name, count)
+        _checks.non_negative("proximal", self.proximal)
+
+    @cached_property
+    def plain_rate(self) -> float | None:
+        """The learning rate, if a step is w - rate * gradient and nothing else."""
+        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        if type(optimizer) is not SGD or len(optimizer.param_groups) != 1 or self.proximal:
+            return None
+        group = optimizer.param_groups[0]
+        if group["momentum"] or group["weight_decay"] or group["maximize"] or not isinstance(group["lr"], float):
+            return None
+        return group["lr"]
+
+    @cached_property
+    def is_by_element(self) -> bool:
+        """Whether the optimiser treats every coordinate alone, so that stacked clients take the steps they take alone."""
+        return type(self.optimizer([nn.Parameter(torch.zeros(1))])) in _BY_ELEMENT
+
+    def steps_of(self, records: int) -> int:
+        """Return how many steps a client with so many records takes."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * math.ceil(records / min(self.batch_size or records, records))
+
+
+@final
+@dataclass(frozen=True)
+class Batches:
+    """Which records are in which step.
+
+    Attributes:
+        index: (clients, steps, batch) int64; places beyond `count` repeat the client's record 0.
+        count: (clients, steps) int64; 0 in steps that a client does not take.
+    """
+
+    index: Tensor
+    count: Tensor
+
+
+def batches_of(training: LocalTraining, sizes: Tensor, key: int, clients: Tensor) -> Batches:
+    """Return the batches of each client, a function of the round's key and the client alone.
+
+    In steps, every batch is full and what is left of an epoch is dropped; in epochs, the last batch may be smaller.
+
+    Args:
+        training: What every client does.
+        sizes: Records of each client, (clients,) int64, at least 1 each.
+        key: A random 64-bit number of the round.
+        clients: The clients' numbers, (clients,) int64.
+    """
+    batch = sizes if training.batch_size is None else sizes.clamp(max=training.batch_size)
+    if training.steps is None:
+        per_epoch = (sizes + batch - 1) // batch
+        assert training.epochs is not None
+        steps = per_epoch * training.epochs
+    else:
+        per_epoch = sizes // batch
+        steps = torch.full_like(sizes, training.steps)
+    longest, largest = int(steps.max()), int(batch.max())
+    number = torch.arange(longest).expand(len(sizes), -1)
+    epoch, place = number // per_epoch[:, None], number % per_epoch[:, None]
+    count = torch.minimum(batch[:, None], sizes[:, None] - place * batch[:, None])
+    count = count.masked_fill(number >= steps[:, None], 0)
+    within = torch.arange(largest)
+    position = (place * batch[:, None]).unsqueeze(2) + within
+    position = position.masked_fill(within >= count.unsqueeze(2), 0)
+    if bool((batch == sizes).all()):  # every record in every step: their order is no matter
+        return Batches(position, count)
+    orders = torch.stack([_order(sizes, key, clients, number) for number in range(int(epoch[:, -1].max()) + 1)], 1)
+    width = orders.shape[2]
+    index = orders.flatten(1).gather(1, (epoch.unsqueeze(2) * width + position).flatten(1)).view(position.shape)
+    return Batches(index.masked_fill(within >= count.unsqueeze(2), 0), count)
+
+
+def _order(sizes: Tensor, key: int, clients: Tensor, epoch: int) -> Tensor:
+    """Return each client's records in random order, (clients, most records), places beyond its own last."""
+    place = torch.arange(int(sizes.max()))
+    stream = mixed(mixed(clients + key) + epoch)
+    words = mixed(stream[:, None] + place) >> 1
+    return words.masked_fill(place >= sizes[:, None], torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+
+
+def mixed(words: Tensor) -> Tensor:
+    """Return 64-bit words scrambled one by one (splitmix64, Steele, Lea and Flood 2014): for batches, never for noise."""
+    words = words * -7046029254386353131
+    words = (words ^ ((words >> 30) & (2**34 - 1))) * -4658895280553007687
+    words = (words ^ ((words >> 27) & (2**37 - 1))) * -7723592293110705685
+    return words ^ ((words >> 31) & (2**33 - 1))

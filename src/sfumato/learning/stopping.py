@@ -1,0 +1,161 @@
+"""When a run ends before its plan does: a target, a plateau, a number of rounds; and several of them together.
+
+A run also ends with its plan, which is when its budget is spent. What a private run has been charged stays the cost of the
+whole plan: to stop early because of what was released gives nothing back, except under a filter (`learning.filters`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+from torch import nn
+from typing_extensions import override
+
+from sfumato import _checks
+from sfumato.errors import InputError
+
+Score = Callable[[nn.Module], float]
+"""Tells how good a model is, higher is better: on public or held-out records, or through a release that is paid for."""
+
+
+class Stop(ABC):
+    """A rule that is asked after each round."""
+
+    looks: bool = True
+    """Whether it looks at a score, which may come from private records."""
+
+    @abstractmethod
+    def begin(self) -> Callable[[nn.Module, int], str | None]:
+        """Return what is called with (model, rounds done) after each round; it returns why to stop, or None to go on."""
+
+
+@final
+@dataclass(frozen=True)
+class Rounds(Stop):
+    """Stops after so many rounds.
+
+    Raises:
+        InputError: most is below 1.
+    """
+
+    most: int
+    looks = False
+
+    def __post_init__(self) -> None:
+        _checks.count("most", self.most)
+
+    @override
+    def begin(self) -> Callable[[nn.Module, int], str | None]:
+        return lambda _, done: f"{done} rounds were asked for" if done >= self.most else None
+
+
+@final
+@dataclass(frozen=True)
+class Target(Stop):
+    """Stops once a score is reached.
+
+    Args:
+        score: Called with the model.
+        at: The score to reach.
+        every: Rounds between two looks.
+
+    Raises:
+        InputError: a number is out of range; or, while the run goes on, the score is no number.
+    """
+
+    score: Score
+    at: float
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _checks.count("every", self.every)
+        if not math.isfinite(self.at):
+            raise InputError(f"at must be a finite number, not {self.at}.")
+
+    @override
+    def begin(self) -> Callable[[nn.Module, int], str | None]:
+        def asked(model: nn.Module, done: int) -> str | None:
+            if done % self.every:
+                return None
+            found = _number(self.score(model))
+            return f"the score {found:.4g} reached the target {self.at:.4g}" if found >= self.at else None
+
+        return asked
+
+
+@final
+@dataclass(frozen=True)
+class Plateau(Stop):
+    """Stops once a score has not risen for a while.
+
+    Args:
+        score: Called with the model.
+        patience: Looks without a rise.
+        by: What counts as a rise, at least 0.
+        every: Rounds between two looks.
+
+    Raises:
+        InputError: a number is out of range; or, while the run goes on, the score is no number.
+    """
+
+    score: Score
+    patience: int = 5
+    by: float = 0.0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _checks.count("patience", self.patience)
+        _checks.count("every", self.every)
+        _checks.non_negative("by", self.by)
+
+    @override
+    def begin(self) -> Callable[[nn.Module, int], str | None]:
+        best, flat = -math.inf, 0
+
+        def asked(model: nn.Module, done: int) -> str | None:
+            nonlocal best, flat
+            if done % self.every:
+                return None
+            found = _number(self.score(model))
+            flat = 0 if found > best + self.by else flat + 1
+            best = max(best, found)
+            return f"the score has not risen above {best:.4g} in {flat} looks" if flat >= self.patience else None
+
+        return asked
+
+
+@final
+@dataclass(frozen=True)
+class FirstOf(Stop):
+    """Stops when the first of several rules does.
+
+    Raises:
+        InputError: there is no rule.
+    """
+
+    rules: tuple[Stop, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rules or not all(isinstance(rule, Stop) for rule in self.rules):
+            raise InputError("FirstOf needs a tuple of rules, for example (Rounds(100), Target(score, 0.95)).")
+        object.__setattr__(self, "looks", any(rule.looks for rule in self.rules))
+
+    @override
+    def begin(self) -> Callable[[nn.Module, int], str | None]:
+        begun = [rule.begin() for rule in self.rules]
+
+        def asked(model: nn.Module, done: int) -> str | None:
+            answers = [ask(model, done) for ask in begun]  # each is asked, so that a plateau counts every look
+            return next((answer for answer in answers if answer is not None), None)
+
+        return asked
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"The score of a stopping rule must be a finite number, not {value!r}.")
+    return float(value)

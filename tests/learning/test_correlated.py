@@ -1,0 +1,534 @@
+"""Correlated noise: the matrix it stands for, how far a client moves it, what it does to sums over rounds, and its mutants."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sfumato.data.participation import MinSeparation
+from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
+from sfumato.errors import (
+    BudgetExhaustedError,
+    InputError,
+    LedgerError,
+    PlanError,
+    SelfCheckError,
+    SfumatoError,
+)
+from sfumato.learning import correlated
+from sfumato.learning.aggregation import Noise, ServerNoise
+from sfumato.learning.correlated import CorrelatedNoise, CorrelatedRun
+from sfumato.learning.selfcheck import check_noised, check_scale
+from sfumato.privacy import events, mechanisms
+from sfumato.privacy.accounts import Cost
+from sfumato.privacy.bounded import RELEASE, Bounded, Released
+from sfumato.privacy.budget import Budget, Relation, Unit
+from sfumato.privacy.ledger import Charge, Ledger
+from sfumato.privacy.mechanisms import noise_std
+from sfumato.privacy.randomness import RandomSource, SecureSource, SeededSource
+
+ADD = Relation.ADD_OR_REMOVE_ONE
+few = settings(max_examples=30, deadline=None)
+
+
+def paid(draws: int, ledger: Ledger | None = None, lease: int | None = None) -> Charge:
+    ledger = ledger or Ledger.in_memory()
+    ledger.grant("a", Budget(1.0, 1e-5))
+    event = events.to_json(events.repeated(events.gaussian(1.0), draws))
+    cost = Cost(1.0, 1e-5, Unit.RECORD, ADD)
+    return ledger.charge("a", purpose="test", event=event, cost=cost, draws=draws, lease=lease)
+
+
+def noise(charge: Any, source: RandomSource | None = None, multiplier: float = 2.0, relation: Relation = ADD) -> Noise:
+    return Noise(multiplier, relation, charge, source or SecureSource())
+
+
+def zero(size: int = 6, bound: float = 1.0) -> Bounded:
+    wide = torch.zeros((), dtype=torch.float64)
+    return Bounded({"w": wide.expand(size // 2, 2), "b": wide.expand(size - size // 2 * 2)}, bound)
+
+
+def sums(value: float | Tensor, size: int = 6, bound: float = 1.0) -> Bounded:
+    flat = torch.full((size,), value, dtype=torch.float64) if isinstance(value, float) else value
+    return Bounded({"w": flat[: size // 2 * 2].view(-1, 2), "b": flat[size // 2 * 2 :]}, bound)
+
+
+def flat(value: Bounded | Released) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in value.value.values()])
+
+
+def matrix(bands: int, rounds: Sequence[int]) -> np.ndarray:
+    """Return what the rows of these rounds are made with: C without the rows and columns of other rounds."""
+    coefficients = CorrelatedNoise(bands).coefficients
+    lags = np.subtract.outer(rounds, rounds)
+    return np.where((lags >= 0) & (lags < bands), np.array(coefficients)[np.clip(lags, 0, bands - 1)], 0.0)
+
+
+# The coefficients.
+
+
+@pytest.mark.parametrize("bands", [1, 2, 5, 40])
+def test_the_coefficients_are_those_of_the_square_root_of_prefix_sums(bands: int) -> None:
+    exact = [Fraction(math.comb(2 * i, i), 4**i) for i in range(bands)]  # (-1)^i binom(-1/2, i)
+    assert CorrelatedNoise(bands).coefficients == pytest.approx([float(one) for one in exact], rel=1e-14)
+    whole = matrix(bands, range(bands))
+    assert whole @ whole == pytest.approx(np.tril(np.ones((bands, bands))), abs=1e-12)
+    assert CorrelatedNoise(bands).norm == pytest.approx(np.linalg.norm(whole[:, 0]), rel=1e-14)
+
+
+@pytest.mark.parametrize("bands", [2, 3, 5, 16, 64, 300])
+def test_the_noise_of_a_round_stays_below_what_rounding_was_allowed_for(bands: int) -> None:
+    assert np.abs(np.linalg.inv(matrix(bands, range(2 * bands)))).sum(1).max() < 2.2
+
+
+@settings(max_examples=150, deadline=None)
+@given(bands=st.integers(2, 40), gaps=st.lists(st.integers(1, 9), min_size=1, max_size=60))
+def test_so_it_does_whichever_rounds_are_void(bands: int, gaps: list[int]) -> None:
+    rounds = np.cumsum(gaps).tolist()
+    assert np.abs(np.linalg.inv(matrix(bands, rounds))).sum(1).max() < 2.2
+
+
+# How far a client moves the rows: what was released is held fixed, as in an adaptive analysis, and every way to take part and
+# every sign is tried.
+
+
+class Fixed:
+    """A stand-in for the mechanism: it writes down what it is given and releases the same numbers in every world."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, size: int = 1) -> None:
+        self.given: list[tuple[float, float]] = []
+        self._answers = SeededSource(3).normal(400 * size).view(-1, size)
+        patch.setattr(correlated.mechanisms, "gaussian", self.release)
+
+    def release(self, bounded: Bounded, multiplier: float, *, charge: Any, **_: object) -> Released:
+        self.given.append((float(flat(bounded)), noise_std(bounded, multiplier, ADD)))
+        draw, charge.position = charge.position, charge.position + 1
+        return Released(sums(self._answers[draw], 1).value, self.given[-1][1], 1.0, draw, RELEASE)
+
+
+def rows(
+    patch: pytest.MonkeyPatch, run: CorrelatedRun, moved: Sequence[float], void: Sequence[int], told: bool
+) -> list[tuple[float, float]]:
+    """Return what was noised in each round, and the noise's std, when one client adds `moved` beside the others."""
+    fixed, charge = Fixed(patch), SimpleNamespace(position=0)
+    for step, own in enumerate(moved):
+        if step in void:
+            if told:
+                run.void()
+            else:
+                charge.position += 1  # a draw that is gone
+            continue
+        total = sums(0.7 * step + own, 1)
+        run.combine({"all": total}, zero=zero(1), asked=1, noise=noise(charge))
+    return fixed.given
+
+
+def loss(
+    separation: int, most: int, *, bands: int, steps: int = 7, void: Sequence[int] = (), told: bool = True,
+    begin: Callable[[int], CorrelatedRun] = lambda bands: CorrelatedNoise(bands).begin(),
+) -> float:  # fmt: skip
+    """Return the worst sum of squared moves over the std, in units of one Gaussian sum's: how often it has to be paid."""
+    worst = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        before = rows(patch, begin(bands), [0.0] * steps, void, told)
+        for size in range(1, most + 1):
+            for taken in itertools.combinations(range(steps), size):
+                if any(later - earlier < separation for earlier, later in itertools.pairwise(taken)):
+                    continue
+                for signs in itertools.product((-1.0, 1.0), repeat=size):
+                    own = [0.0] * steps
+                    for step, sign in zip(taken, signs, strict=True):
+                        own[step] = sign
+                    after = rows(patch, begin(bands), own, void, told)
+                    squares = (((a - b) / std) ** 2 for (a, std), (b, _) in zip(after, before, strict=True))
+                    worst = max(worst, math.fsum(squares))
+    return worst * 2.0**2  # the noise multiplier is 2
+
+
+@pytest.mark.parametrize(("bands", "separation", "most"), [(1, 1, 3), (2, 2, 3), (3, 3, 2), (2, 3, 2), (4, 4, 1)])
+def test_no_client_moves_the_rows_by_more_than_its_participations_pay_for(
+    bands: int, separation: int, most: int
+) -> None:
+    counted = int(MinSeparation(1, 99, separation, most).event(2.0, 7).count)
+    assert counted == most
+    assert counted * 0.999 < loss(separation, most, bands=bands) <= counted
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("void", [(1,), (3,), (0, 2, 3), (1, 2, 3, 4)])
+def test_void_and_lost_rounds_move_nothing_together(void: tuple[int, ...], told: bool) -> None:
+    assert loss(3, 3, bands=3, void=void, told=told) <= 3
+
+
+def test_mutant_void_rounds_that_are_not_counted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CorrelatedRun, "void", lambda run, rounds=1: None)
+    assert loss(3, 3, bands=3, void=(1,)) > 3.05
+
+
+def test_mutant_lost_draws_that_are_not_counted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CorrelatedRun, "_round_of", lambda run, noise: run._round)
+    assert loss(3, 3, bands=3, void=(1,), told=False) > 3.05
+
+
+def test_mutant_without_the_norm_of_the_coefficients_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CorrelatedNoise, "norm", 1.0)
+    assert loss(3, 2, bands=3) > 2.5
+
+
+def test_mutant_whose_norm_forgets_a_band_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        CorrelatedNoise, "norm", property(lambda kind: math.hypot(*CorrelatedNoise(kind.bands - 1).coefficients))
+    )
+    assert loss(3, 2, bands=3) > 2.1
+
+
+def test_mutant_with_a_band_more_than_the_separation_is_caught() -> None:
+    assert loss(3, 2, bands=4) > 2.1
+    with pytest.raises(PlanError, match="at least 4 rounds apart, not 3"):
+        CorrelatedNoise(4).check_sampler(MinSeparation(1, 99, 3, 2))
+
+
+# The noise.
+
+
+def simulate(
+    bands: int, rounds: int, size: int, *, void: Sequence[int] = (), value: float = 0.0, relation: Relation = ADD
+) -> tuple[np.ndarray, float]:
+    """Return the noise in each released sum, shape (rounds that released, size), and the std that was stated."""
+    run, charge, source = CorrelatedNoise(bands).begin(), paid(rounds), SecureSource()
+    found, std = [], 0.0
+    for step in range(rounds):
+        if step in void:
+            run.void()
+            charge.take()
+            continue
+        given = sums(value * (step + 1.0), size)
+        released = run.combine({"all": given}, zero=zero(size), asked=1, noise=noise(charge, source, 2.0, relation))
+        found.append((flat(released["all"]) - flat(given)).numpy())
+        std = released["all"].noise_std
+    return np.stack(found), std
+
+
+def is_white(draws: np.ndarray, std: float) -> bool:
+    """Tell whether the rows could be independent draws of N(0, std**2): every mean, variance and covariance.
+
+    Each is within 6.5 standard errors: of a few dozen, one true set in about 1e8 is not.
+    """
+    size = draws.shape[1]
+    scaled = draws / std
+    products = scaled @ scaled.T / size
+    errors = np.abs(products - np.eye(len(draws))) / np.sqrt((1 + np.eye(len(draws))) / size)
+    return bool(errors.max() < 6.5 and np.abs(scaled.mean(1)).max() < 6.5 / math.sqrt(size))
+
+
+@pytest.mark.parametrize("void", [(), (2,), (0, 3, 4)])
+@pytest.mark.parametrize("bands", [1, 2, 4, 7, 9])
+def test_the_noise_is_that_of_the_matrix_at_the_accounted_scale_and_no_other(bands: int, void: tuple[int, ...]) -> None:
+    found, std = simulate(bands, 8, 20_000, void=void, value=3.0)
+    rounds = [step for step in range(8) if step not in void]
+    assert std == pytest.approx(2.0 * CorrelatedNoise(bands).norm, rel=1e-4)
+    white = matrix(bands, rounds) @ found
+    assert is_white(white, std)
+    for wrong in (2 / 3, 3 / 2):
+        assert not is_white(white, wrong * std)
+    if 1 < bands < 8:  # with 8 bands or more, 8 rounds have one matrix
+        assert not is_white(matrix(bands - 1, rounds) @ found, std)
+    assert np.abs(found.mean(1)).max() < 7 * 1.2 * std / math.sqrt(20_000)
+
+
+def test_mutant_that_forgets_the_past_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CorrelatedRun, "_add_earlier", lambda run, total, current: None)
+    found, std = simulate(4, 6, 20_000)
+    assert not is_white(matrix(4, range(6)) @ found, std)
+    assert is_white(found, std)
+
+
+def test_mutant_that_forgets_what_was_released_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Earlier sums without the releases taken off: the later ones are no longer unbiased.
+    monkeypatch.setattr(correlated, "_flat", lambda sums: flat(sums).double() * isinstance(sums, Bounded))
+    found, std = simulate(4, 6, 20_000, value=3.0)
+    assert np.abs(found.mean(1)).max() > 1.0 > 7 * 1.2 * std / math.sqrt(20_000)
+
+
+def test_the_noise_is_scaled_for_replace_one() -> None:
+    found, std = simulate(3, 4, 20_000, relation=Relation.REPLACE_ONE)
+    assert std == pytest.approx(4.0 * CorrelatedNoise(3).norm, rel=1e-4)
+    assert is_white(matrix(3, range(4)) @ found, std)
+    assert not is_white(matrix(3, range(4)) @ found, std / 2)
+
+
+def summed_error(bands: int, rounds: int = 100, size: int = 2000) -> float:
+    """Return the mean squared error of the sums over the first 1, 2, ... rounds."""
+    found, _ = simulate(bands, rounds, size)
+    return float(np.square(np.cumsum(found, 0)).mean())
+
+
+def test_the_summed_noise_is_far_below_that_of_independent_noise_at_the_same_cost() -> None:
+    sampler = MinSeparation(5, 80, 16, 7)
+    for bands in (1, 16):
+        CorrelatedNoise(bands).check_sampler(sampler)  # the same event for both
+    independent, together = summed_error(1), summed_error(16)
+    prefixes, own = np.tril(np.ones((100, 100))), 2.0 * CorrelatedNoise(16).norm
+    expected = np.square(own * prefixes @ np.linalg.inv(matrix(16, range(100)))).sum() / 100
+    assert 0.8 < together / expected < 1.25
+    assert 0.8 < independent / (4.0 * 50.5) < 1.25
+    assert together < 0.25 * independent
+
+
+def test_one_band_is_the_noise_of_the_server() -> None:
+    run, one, other = CorrelatedNoise(1).begin(), paid(3), paid(3)
+    sources = SeededSource(4), SeededSource(4)
+    for step in range(3):
+        parts = {"a": sums(1.0 + step), "b": sums(-0.5)}
+        ours = run.combine(parts, zero=zero(), asked=2, noise=noise(one, sources[0]))["all"]
+        theirs = ServerNoise().combine(parts, zero=zero(), asked=2, noise=noise(other, sources[1]))["all"]
+        assert ours.noise_std == theirs.noise_std
+        assert ours.grid == theirs.grid
+        assert torch.equal(flat(ours), flat(theirs))
+
+
+def test_the_first_round_of_a_run_remembers_no_other_run() -> None:
+    kind = CorrelatedNoise(5)
+    for _ in range(2):
+        charge = paid(1)
+        released = kind.begin().combine({}, zero=zero(), asked=0, noise=noise(charge, SeededSource(4)))["all"]
+        plain = mechanisms.gaussian(kind.bound(zero(), 2.0), 2.0, relation=ADD, charge=paid(1), source=SeededSource(4))
+        assert torch.equal(flat(released), flat(plain))
+
+
+# The bound of a release.
+
+
+@few
+@given(
+    bands=st.integers(1, 400), size=st.integers(1, 10**8), multiplier=st.floats(0.01, 100), bound=st.floats(1e-6, 1e6)
+)
+def test_the_bound_covers_the_norm_and_a_rounding_for_each_row(
+    bands: int, size: int, multiplier: float, bound: float
+) -> None:
+    empty = Bounded({"w": torch.empty(size, device="meta")}, bound)
+    kind = CorrelatedNoise(bands)
+    whole = kind.bound(empty, multiplier)
+    rounding = mechanisms.grid_of(whole.norm_bound) * math.sqrt(size)
+    assert whole.norm_bound + rounding >= bound * kind.norm + math.sqrt(bands) * rounding
+    assert whole.norm_bound <= bound * kind.norm * 1.05
+    assert whole.size == size
+
+
+def test_a_usual_bound_is_next_to_the_norm() -> None:
+    empty = Bounded({"w": torch.empty(10**6, device="meta")}, 1.0)
+    assert CorrelatedNoise(16).bound(empty, 1.0).norm_bound == pytest.approx(CorrelatedNoise(16).norm, rel=1e-3)
+    assert CorrelatedNoise(1).bound(empty, 1.0) is empty
+
+
+def test_noise_that_float64_cannot_carry_is_refused() -> None:
+    empty = Bounded({"w": torch.empty(2**28, device="meta")}, 1.0)
+    with pytest.raises(InputError, match="noise_multiplier 1e\\+06 with 300 bands is too large"):
+        CorrelatedNoise(300).bound(empty, 1e6)
+
+
+# What may be combined.
+
+
+@pytest.mark.parametrize("sampler", [FullBatch(), Poisson(0.1), Shuffled(2, 9)])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_other_samplers_are_refused(sampler: Sampler, bands: int) -> None:
+    for aggregation in (CorrelatedNoise(bands), CorrelatedNoise(bands).begin()):
+        with pytest.raises(PlanError, match="use the sampler MinSeparation, or ServerNoise"):
+            aggregation.check_sampler(sampler)
+
+
+def test_a_separation_of_at_least_the_bands_is_served() -> None:
+    for separation in (3, 4):
+        CorrelatedNoise(3).check_sampler(MinSeparation(1, 99, separation, 2))
+        CorrelatedNoise(3).begin().check_sampler(MinSeparation(1, 99, separation, 2))
+    CorrelatedNoise(3).check_clients(1)
+    CorrelatedNoise(3).begin().check_clients(1)
+
+
+@pytest.mark.parametrize("bands", [0, -1, 1.5, math.nan, True])
+def test_bands_must_be_a_count(bands: object) -> None:
+    with pytest.raises(InputError, match="bands"):
+        CorrelatedNoise(bands)  # type: ignore[arg-type]
+
+
+def test_what_has_no_memory_does_not_combine() -> None:
+    charge = paid(1)
+    with pytest.raises(SfumatoError, match="begin"):
+        CorrelatedNoise(2).combine({}, zero=zero(), asked=0, noise=noise(charge))
+    assert charge.position == 0
+
+
+@pytest.mark.parametrize(
+    ("bound", "multiplier", "relation"), [(2.0, 2.0, ADD), (1.0, 2.5, ADD), (1.0, 2.0, Relation.REPLACE_ONE)]
+)
+def test_terms_that_change_are_refused_before_the_charge(bound: float, multiplier: float, relation: Relation) -> None:
+    run, charge = CorrelatedNoise(2).begin(), paid(3)
+    run.combine({}, zero=zero(), asked=0, noise=noise(charge))
+    run = resumed(run, 2)
+    with pytest.raises(PlanError, match="one clip norm, one noise multiplier"):
+        run.combine({}, zero=zero(bound=bound), asked=0, noise=noise(charge, None, multiplier, relation))
+    assert charge.position == 1
+    run.combine({}, zero=zero(), asked=0, noise=noise(charge))
+
+
+def test_a_part_with_a_larger_bound_or_another_size_is_refused_before_the_charge() -> None:
+    run, charge = CorrelatedNoise(2).begin(), paid(3)
+    run.combine({}, zero=zero(), asked=0, noise=noise(charge))
+    for parts in ({"a": sums(1.0, bound=1.5)}, {"a": sums(1.0, bound=1.5), "b": sums(1.0)}):
+        with pytest.raises(SfumatoError, match="clip to the latter"):
+            run.combine(parts, zero=zero(), asked=1, noise=noise(charge))
+    with pytest.raises(SfumatoError, match="have 7 numbers, those before 6"):
+        run.combine({"a": sums(1.0, 7)}, zero=zero(7), asked=1, noise=noise(charge))
+    assert charge.position == 1
+
+
+def test_a_round_that_failed_can_be_tried_again() -> None:
+    run, charge, source = CorrelatedNoise(3).begin(), paid(2), SeededSource(1)
+    run.combine({"a": sums(1.0)}, zero=zero(), asked=1, noise=noise(charge, source))
+    before = run.state()
+    with pytest.raises(SelfCheckError, match="not finite"):
+        run.combine({"a": sums(math.nan)}, zero=zero(), asked=1, noise=noise(charge, source))
+    assert charge.position == 1
+    assert str(run.state()) == str(before)
+    run.combine({"a": sums(1.0)}, zero=zero(), asked=1, noise=noise(charge, source))
+    with pytest.raises(BudgetExhaustedError):
+        run.combine({"a": sums(1.0)}, zero=zero(), asked=1, noise=noise(charge, source))
+
+
+def test_sums_of_any_number_of_clients_and_float_type_are_added_up_and_left_as_they_were() -> None:
+    size, charge, run = 6, paid(3), CorrelatedNoise(2).begin()
+    narrow = Bounded({name: tensor.float() for name, tensor in sums(3.0).value.items()}, 1.0)
+    for parts, total in (({}, 0.0), ({"a": narrow}, 3.0), ({"a": sums(3.0), "b": sums(4.0)}, 7.0)):
+        found = run.summed(parts, zero=zero(size), noise=noise(charge))["all"]
+        earlier = sum(0.5 * kept for _, kept in run.state()["noises"])
+        assert torch.allclose(flat(found), total + earlier + torch.zeros(size, dtype=torch.float64))
+        assert {name: tensor.shape for name, tensor in found.value.items()} == {
+            name: tensor.shape for name, tensor in zero(size).value.items()
+        }
+        run.combine(parts, zero=zero(size), asked=2, noise=noise(charge))
+    assert bool((flat(narrow) == 3).all())
+
+
+# The self-check of a run.
+
+
+def test_the_self_check_passes_on_any_round_with_what_was_noised() -> None:
+    size = 4000
+    run, charge = CorrelatedNoise(3).begin(), paid(4)
+    for step in range(4):
+        parts = {"a": sums(float(step), size)}
+        summed = run.summed(parts, zero=zero(size), noise=noise(charge))
+        released = run.combine(parts, zero=zero(size), asked=1, noise=noise(charge))
+        asked = noise_std(run.bound(zero(size), 2.0), 2.0, ADD)
+        check_scale(released, summed, asked)
+        with pytest.raises(SelfCheckError, match="the plan pays for"):
+            check_scale(released, summed, asked * 1.001)
+        check_noised(["w", "b"], summed, released, zero(size))
+        if step:
+            with pytest.raises(SelfCheckError, match="times the variance"):
+                check_noised(["w", "b"], parts, released, zero(size))
+
+
+# Going on.
+
+
+def resumed(run: CorrelatedRun, bands: int) -> CorrelatedRun:
+    file = io.BytesIO()
+    torch.save(run.state(), file)
+    file.seek(0)
+    other = CorrelatedNoise(bands).begin()
+    other.restore(torch.load(file, weights_only=True))
+    return other
+
+
+@few
+@given(bands=st.integers(1, 5), stop=st.integers(0, 6), void=st.sets(st.integers(0, 8)))
+def test_a_resumed_run_goes_on_as_it_would_have(bands: int, stop: int, void: set[int]) -> None:
+    runs, charges = [CorrelatedNoise(bands).begin()], [paid(9), paid(9)]
+    source: Sequence[RandomSource] = [SeededSource(1)]
+    for step in range(9):
+        if step == stop:
+            runs.append(resumed(runs[0], bands))
+            source = [SeededSource(2), SeededSource(2)]
+            while charges[1].position < charges[0].position:
+                charges[1].take()
+        found = []
+        for run, charge, stream in zip(runs, charges, source, strict=False):
+            if step in void:
+                run.void()
+                charge.take()
+                continue
+            parts = {"a": sums(float(step))}
+            found.append(flat(run.combine(parts, zero=zero(), asked=1, noise=noise(charge, stream))["all"]))
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        assert len(runs[0].state()["noises"]) <= bands - 1
+
+
+def test_a_state_is_a_copy() -> None:
+    run, charge = CorrelatedNoise(2).begin(), paid(2)
+    run.combine({}, zero=zero(), asked=0, noise=noise(charge))
+    state = run.state()
+    other = CorrelatedNoise(2).begin()
+    other.restore(state)
+    before = state["noises"][0][1].clone()
+    run.combine({}, zero=zero(), asked=0, noise=noise(charge))
+    assert torch.equal(state["noises"][0][1], before)
+    state["noises"][0][1].zero_()
+    assert bool(other.state()["noises"][0][1].any())
+
+
+def test_draws_that_are_gone_count_as_rounds_told_or_not() -> None:
+    found = []
+    for told in (True, False):
+        run, charge, source = CorrelatedNoise(4).begin(), paid(4), SeededSource(8)
+        run.combine({}, zero=zero(), asked=0, noise=noise(charge, source))
+        charge.take()
+        charge.take()
+        if told:
+            run.void(2)
+        found.append(flat(run.combine({}, zero=zero(), asked=0, noise=noise(charge, source))["all"]))
+    assert torch.equal(*found)
+
+
+def test_another_process_on_the_same_run_stops_it(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    charge, run = paid(9, ledger, lease=1), CorrelatedNoise(2).begin()
+    run.combine({}, zero=zero(), asked=0, noise=noise(charge))
+    ledger.resume(charge.run, lease=1).take()
+    before = run.state()
+    with pytest.raises(LedgerError, match="Another process"):
+        run.combine({}, zero=zero(), asked=0, noise=noise(charge))
+    assert str(run.state()) == str(before)
+
+
+# What it says, and what it keeps to itself.
+
+
+def test_a_run_is_called_by_its_public_numbers_and_cannot_be_copied() -> None:
+    kind = CorrelatedNoise(2)
+    run = kind.begin()
+    run.combine({"a": sums(5.0)}, zero=zero(), asked=1, noise=noise(paid(1)))
+    assert repr(run) == repr(kind) == "CorrelatedNoise(bands=2)"
+    assert run.trust == kind.trust
+    assert "trusted" in run.trust
+    assert not run.hides_cohort
+    assert not kind.hides_cohort
+    for away in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="private"):
+            away(run)
