@@ -10,6 +10,7 @@ from sfumato._version import __version__
 if TYPE_CHECKING:
     from sfumato.data import partitions
     from sfumato.data.allocated import RandomAllocation
+    from sfumato.data.participation import MinSeparation
     from sfumato.data.population import Population
     from sfumato.data.records import Records
     from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sfumato.learning.api import federate, rounds, steps, train
     from sfumato.learning.checkpoint import Checkpoint
     from sfumato.learning.controlled import FedNova, Scaffold
+    from sfumato.learning.correlated import CorrelatedNoise
     from sfumato.learning.evaluation import Evaluation, evaluate
     from sfumato.learning.fedavg import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
     from sfumato.learning.fedsgd import FedSGD
@@ -63,6 +65,7 @@ _HOMES = {
     "Checkpoint": "sfumato.learning.checkpoint",
     "Compute": "sfumato.gradients.compute",
     "Constant": "sfumato.privacy.schedules",
+    "CorrelatedNoise": "sfumato.learning.correlated",
     "Cosine": "sfumato.privacy.schedules",
     "Decay": "sfumato.learning.policies",
     "Ditto": "sfumato.learning.personal",
@@ -84,6 +87,7 @@ _HOMES = {
     "Listed": "sfumato.privacy.schedules",
     "LocalNoise": "sfumato.learning.aggregation",
     "Meaning": "sfumato.privacy.meaning",
+    "MinSeparation": "sfumato.data.participation",
     "Outlook": "sfumato.learning.policies",
     "Plan": "sfumato.learning.plan",
     "Plateau": "sfumato.learning.stopping",
@@ -143,6 +147,7 @@ __all__ = [
     "Checkpoint",
     "Compute",
     "Constant",
+    "CorrelatedNoise",
     "Cosine",
     "Decay",
     "Ditto",
@@ -164,6 +169,7 @@ __all__ = [
     "Listed",
     "LocalNoise",
     "Meaning",
+    "MinSeparation",
     "Outlook",
     "Plan",
     "Plateau",

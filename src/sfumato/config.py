@@ -17,9 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictBool,
     ValidationInfo,
@@ -30,58 +28,40 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sfumato import _checks
+from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.data.schema import Column, Label, Schema, validated
 from sfumato.data.sources import load
 from sfumato.data.tables import TableFormat
 from sfumato.errors import AccountingError, InputError
+from sfumato.federation_config import (
+    ClassCount,
+    Count,
+    CountOrZero,
+    FederatedTraining,
+    FederationSection,
+    Number,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    refuse,
+)
 from sfumato.gradients.clipping import check_kind
 from sfumato.gradients.compute import Compute
 from sfumato.learning import models
 from sfumato.learning.plan import Plan
 from sfumato.learning.shapes import clips_of, noise_of, rates_of
-from sfumato.privacy.budget import Budget
+from sfumato.privacy.budget import Budget, Unit
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def _positive(value: float, info: ValidationInfo) -> float:
-    return _checks.positive(str(info.field_name), value, allow_inf=info.field_name == "epsilon")
-
-
-def _share(value: float, info: ValidationInfo) -> float:
-    return _checks.fraction(str(info.field_name), value, allow_zero=info.field_name == "momentum")
-
-
-def _at_least_one(value: int, info: ValidationInfo) -> int:
-    return _checks.count(str(info.field_name), value)
-
-
-def _at_least_two(value: int, info: ValidationInfo) -> int:
-    return _checks.count(str(info.field_name), value, minimum=2)
-
-
-def _at_least_zero(value: int, info: ValidationInfo) -> int:
-    return _checks.count(str(info.field_name), value, minimum=0)
-
-
 Paths = str | list[str] | dict[str, str]
-Number = Annotated[float, Field(strict=True)]
-Positive = Annotated[Number, AfterValidator(_positive)]
-Share = Annotated[Number, AfterValidator(_share)]
-Whole = Annotated[int, Field(strict=True)]
-Count = Annotated[Whole, AfterValidator(_at_least_one)]
-ClassCount = Annotated[Whole, AfterValidator(_at_least_two)]
-CountOrZero = Annotated[Whole, AfterValidator(_at_least_zero)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Epsilon = Annotated[Positive, BeforeValidator(lambda value: float("inf") if value == "inf" else value)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSection(_Section):
+class DataSection(Section):
     """`[data]`: a packaged data set, CSV or Parquet files with declared columns, or IDX files of images and labels."""
 
     builtin: str | None = None
@@ -108,7 +88,7 @@ class DataSection(_Section):
             raise ValueError("give either builtin, path or images, and only one of them.")
         if self.images is None:
             needless = ("labels", "classes", "test_images", "test_labels")
-            _refuse({key: getattr(self, key) for key in needless}, "images")
+            refuse({key: getattr(self, key) for key in needless}, "images")
         if self.builtin is not None and (self.columns or self.test_path is not None):
             raise ValueError("a builtin data set has its own columns and test part; remove columns and test_path.")
         if self.images is not None:
@@ -134,7 +114,7 @@ class DataSection(_Section):
         return TableFormat(self.separator, self.header, self.column_names, skip_lines)
 
 
-class PrivacySection(_Section):
+class PrivacySection(Section):
     """`[privacy]`: the promise and everything that it depends on."""
 
     epsilon: Epsilon
@@ -177,7 +157,7 @@ class PrivacySection(_Section):
         return self
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """`[model]`: a built-in kind, or a function that makes one."""
 
     kind: Literal["logistic", "mlp", "cnn", "tanh-cnn"] | None = None
@@ -193,67 +173,66 @@ class ModelSection(_Section):
         return self
 
 
-class TrainingSection(_Section):
+class TrainingSection(FederatedTraining):
     """`[training]`: who trains, and how. `seed` sets the first weights only, never the noise."""
 
     mode: Literal["central", "federated"]
-    algorithm: Literal["fedsgd", "fedavg"] | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: Positive
     momentum: Share = 0.0
     seed: Seed = 0
-    noise: Literal["server", "shared", "local"] | None = None
-    tolerate: CountOrZero | None = None
-    local_steps: Count | None = None
-    local_batch_size: Count | None = None
     memory_mb: Positive | None = None
     autocast: StrictBool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        federated = {"algorithm": self.algorithm, "noise": self.noise}
-        averaged = {"local_steps": self.local_steps, "local_batch_size": self.local_batch_size}
         if self.mode == "central":
-            _refuse(federated | averaged | {"tolerate": self.tolerate}, 'mode = "federated"')
-        elif self.algorithm is None:
-            raise ValueError('a federated training needs an algorithm; add algorithm = "fedsgd" or "fedavg".')
-        if self.algorithm == "fedsgd":
-            _refuse(averaged, 'algorithm = "fedavg"')
-        if self.noise != "shared":
-            _refuse({"tolerate": self.tolerate}, 'noise = "shared"')
+            self.check_curator()
+        else:
+            self.check_federated()
         if self.optimizer == "adam" and self.momentum:
             raise ValueError('momentum goes with optimizer = "sgd" only; remove it.')
         return self
 
 
-class LedgerSection(_Section):
+class LedgerSection(Section):
     """`[ledger]`: an existing ledger and the data set in it that pays."""
 
     path: str
     dataset: str
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """`[checkpoint]`: save every so many steps, so that a stopped run can go on."""
 
     every: Count = 50
 
 
-class Config(_Section):
+class Config(Section):
     """A whole file."""
 
     data: DataSection
     privacy: PrivacySection
     model: ModelSection
     training: TrainingSection
+    federation: FederationSection | None = None
     ledger: LedgerSection | None = None
     checkpoint: CheckpointSection | None = None
 
     @model_validator(mode="after")
-    def _one_curator_protects_records(self) -> Self:
-        if self.training.mode == "central" and self.privacy.unit == "client":
+    def _parts_fit_together(self) -> Self:
+        clients = self.privacy.unit == Unit.CLIENT
+        if self.training.mode == "central":
+            if clients:
+                raise ValueError(
+                    '[training] mode = "central" protects records; for [privacy] unit = "client" choose mode = "federated".'
+                )
+            refuse({"[federation]": self.federation}, '[training] mode = "federated"')
+            return self
+        self.training.check_unit(private=math.isfinite(self.privacy.epsilon), clients=clients)
+        if self.training.algorithm == "fedper" and self.federation and self.federation.stop:
             raise ValueError(
-                '[training] mode = "central" protects records; for [privacy] unit = "client" choose mode = "federated".'
+                "[federation] stop looks at the shared model, whose personal layers nobody trains; remove it."
             )
         return self
 
@@ -340,6 +319,16 @@ class Experiment:
         with self.blamed("[data] test_fraction:"):
             test, training = whole.split(data.test_fraction, seed=data.split_seed)
         return training, test
+
+    def clients(self, records: Records) -> Population:
+        """Return the clients of the federation, who hold `records`.
+
+        Raises:
+            InputError: the records have no owners, or cannot be dealt out as declared.
+        """
+        wanted = self.config.federation
+        with self.blamed("[federation]" if wanted and wanted.partition else "[data]"):
+            return (wanted or FederationSection()).population(records)
 
     def model(self, records: Records) -> nn.Module:
         """Return the untrained model for `records`, whose first weights follow the declared seed alone.
@@ -430,9 +419,3 @@ def _read(path: Path) -> Mapping[str, object]:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path and rights.") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid TOML ({error}); correct that line.") from None
-
-
-def _refuse(given: Mapping[str, object], needed: str) -> None:
-    for key, value in given.items():
-        if value is not None:
-            raise ValueError(f"{key} goes with {needed} only; remove it.")

@@ -76,6 +76,7 @@ class MinSeparation(Sampler):
     participations: int
     kind = "min-separation"
     by_step = False
+    amplifies = False
 
     def __post_init__(self) -> None:
         for name in ("cohort", "population", "separation", "participations"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +147,8 @@ class Crew:
                 self._chooser.refuse(choice.way)
                 return [self._work(clients, records, step, ALONE)]
             self._sound.add(choice.way)
-        chunks = [slice(start, start + choice.chunk) for start in range(0, len(clients), choice.chunk)]
+        size = self._chunk(choice, len(clients))
+        chunks = [slice(start, start + size) for start in range(0, len(clients), size)]
         jobs = [self._submit(choice, clients[chunk], records[chunk], step) for chunk in chunks]
         return [job.result() for job in jobs]
 
@@ -167,14 +169,20 @@ class Crew:
             records = self._records(some, step)
             # Clients of like size are stacked together, so that less is computed only to be left out.
             order = sorted(range(len(some)), key=lambda row: (-len(records[row]), row))
-            for first in range(0, len(order), choice.chunk):
-                rows = order[first : first + choice.chunk]
+            size = self._chunk(choice, len(order))
+            for first in range(0, len(order), size):
+                rows = order[first : first + size]
                 chunk, held = [some[row] for row in rows], [records[row] for row in rows]
                 waiting.append(self._submit(choice, chunk, held, step))
                 if len(waiting) > 2 * choice.workers:
                     yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+    @staticmethod
+    def _chunk(choice: Choice, clients: int) -> int:
+        """Return how many clients a chunk holds where so few are there that every worker should get some."""
+        return min(choice.chunk, math.ceil(clients / choice.workers))
 
     def _records(self, clients: Sequence[int], step: int) -> list[Records]:
         made = []

@@ -63,12 +63,9 @@ class Aggregation(ABC):
     def void(self) -> None:  # noqa: B027 (most kinds remember nothing)
         """Take note that a round was void: nothing of it was or will be released."""
 
-    def lose(self) -> None:  # noqa: B027 (most kinds remember nothing)
-        """Take note that paid rounds were lost, of which nobody knows what they released.
-
-        Raises:
-            CheckpointError: without them no further round can be released.
-        """
+    def summed(self, parts: Mapping[str, Bounded], *, zero: Bounded, noise: Noise) -> Mapping[str, Bounded]:
+        """Return what the next `combine` of the same arguments adds its noise to; private, for the self-check."""
+        return parts
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep; private."""

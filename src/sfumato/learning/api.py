@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sfumato import _checks
@@ -92,6 +92,7 @@ def rounds(
     model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
     weighting: Weighting | None = None, quorum: int = 0, stop: Stop | None = None,
+    available: Callable[[int], Tensor] | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
     compute: Compute = DEFAULT,
@@ -105,12 +106,14 @@ def rounds(
         algorithm: `FedAvg`, `FedSGD` or one of their relatives.
         engine: Where clients run, for example `Simulation()`.
         loss: Called as loss(outputs, targets); the mean over records, or one loss for each.
-        noise: `ServerNoise()` (default), `SharedNoise(tolerate)` or `LocalNoise()`.
+        noise: `ServerNoise()` (default), `SharedNoise(tolerate)`, `LocalNoise()` or `CorrelatedNoise(bands)`.
         populations: Declared number of records of each client; `FedAvg` with unit "record" needs it.
         weighting: How much a client counts: `ByRecords()` (default without privacy), `Uniform()` (default where clients
             are protected) or `UpTo(most)`.
         quorum: If fewer clients answer, a round is void: it is spent and releases nothing. At most the expected cohort.
         stop: Ends the run before the plan does, for example `Target(score, 0.95)`.
+        available: For sampling "min-separation": called with each step (from 0); returns the numbers of the clients that have
+            come, (any,) int64, among whom the cohort is drawn.
         ledger: As for `steps`.
         dataset: The data set's name in the ledger.
         purpose: What the charge is called.
@@ -133,9 +136,11 @@ def rounds(
         _expect("weighting", weighting, Weighting, "make one, for example UpTo(100)")
     if stop is not None:
         _expect("stop", stop, Stop, "make one, for example Target(score, 0.95)")
+    if available is not None:
+        _expect_function("available", available, "pass a function from a step to the numbers of the clients that came")
     federation = Federation(
         model, population, plan, loss, engine, source, populations, compute, weighting or BY_RECORDS,
-        _checks.count("quorum", quorum, minimum=0),
+        _checks.count("quorum", quorum, minimum=0), available,
     )  # fmt: skip
     account = Account(dataset, ledger, purpose, by)
     return Training(model, plan, algorithm.procedure(federation, noise), account, source, checkpoint, stop)
@@ -145,6 +150,7 @@ def federate(
     model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
     weighting: Weighting | None = None, quorum: int = 0, stop: Stop | None = None,
+    available: Callable[[int], Tensor] | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
     compute: Compute = DEFAULT, on_step: Callable[[Step], None] | None = None,
@@ -152,7 +158,7 @@ def federate(
     """Train to the end of the plan: `rounds`, run through. `on_step` is called after every round."""
     training = rounds(
         model, clients, plan, algorithm=algorithm, engine=engine, loss=loss, noise=noise, populations=populations,
-        weighting=weighting, quorum=quorum, stop=stop,
+        weighting=weighting, quorum=quorum, stop=stop, available=available,
         ledger=ledger, dataset=dataset, purpose=purpose, by=by, source=source, checkpoint=checkpoint, compute=compute,
     )  # fmt: skip
     return _finish(training, on_step)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sfumato.data.participation import MinSeparation, SeparatedDraws
 from sfumato.data.records import Records
 from sfumato.errors import PlanError
 from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.clipping import clip_vectors, weighted_sum
 from sfumato.gradients.support import running, trainable
+from sfumato.learning import spare
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.federated import (
     Answer,
@@ -67,6 +69,13 @@ class ClientRounds(Procedure):
         if federation.quorum > expected:
             raise PlanError(
                 f"A quorum of {federation.quorum} is more than the {expected:.4g} clients that a round expects; lower it."
+            )
+        if federation.available is not None and not (
+            federation.counts_clients and isinstance(plan.sampler, MinSeparation)
+        ):
+            raise PlanError(
+                'Only sampling "min-separation" of clients is accounted for those who come as they like; leave `available` '
+                "out, or use it."
             )
         self._draws = plan.sampler.start(count, federation.source) if federation.counts_clients else None
         self._asked = self._answered = 0
@@ -129,7 +138,10 @@ class ClientRounds(Procedure):
     def _cohort(self, step: int) -> list[int]:
         if self._draws is None:
             return list(range(len(self._federation.clients)))
-        return self._draws.batch(step).tolist()
+        if self._federation.available is None:
+            return self._draws.batch(step).tolist()
+        assert isinstance(self._draws, SeparatedDraws)
+        return self._draws.batch(step, self._federation.available(step)).tolist()
 
     @property
     @override
@@ -141,6 +153,14 @@ class ClientRounds(Procedure):
         self.aggregation.void()
 
     def _work(self, clients: Sequence[int], records: Sequence[Records], way: str) -> Answer:
+        answer, vectors = self._computed(clients, records, way)
+        for value in vectors.values():
+            spare.give(value)
+        return answer
+
+    def _computed(
+        self, clients: Sequence[int], records: Sequence[Records], way: str
+    ) -> tuple[Answer, dict[str, Tensor]]:
         private = self._federation.plan.is_private
         with running(self._federation.model, "on a client's records", quote=not private):
             group = Group(self._federation.model, self._federation.loss, clients, records, self._key, way, self._hints)
@@ -151,10 +171,10 @@ class ClientRounds(Procedure):
             for name, value in self._shapes.items()
         )
         if wrong:
-            return Answer({}, 0.0, 0, refused=len(clients))
+            return Answer({}, 0.0, 0, refused=len(clients)), {}
         weights = self._weighting.of(group.sizes).to(next(iter(vectors.values())).device)
         if private:
-            return self._bounded(clients, vectors, weights, work.kept)
+            return self._bounded(clients, vectors, weights, work.kept), vectors
         broken = torch.zeros(len(clients), dtype=torch.bool, device=weights.device)
         for value in vectors.values():
             # A sum of sizes is read faster than each value; where it is too large for the number type, each value decides.
@@ -164,7 +184,8 @@ class ClientRounds(Procedure):
         total = {name: weighted_sum(value, weights, broken) for name, value in vectors.items()}
         count = int(broken.sum())
         weight = float(weights.masked_fill(broken, 0).sum())
-        return Answer(total, weight, len(clients) - count, count, 0, _kept_of(clients, work.kept, broken))
+        kept = _kept_of(clients, work.kept, broken)
+        return Answer(total, weight, len(clients) - count, count, 0, kept), vectors
 
     def _bounded(
         self, clients: Sequence[int], vectors: dict[str, Tensor], weights: Tensor, kept: Mapping[str, Tensor]
@@ -244,7 +265,7 @@ class ClientRounds(Procedure):
 
     @override
     def skip(self) -> None:
-        self.aggregation.lose()
+        pass
 
     @override
     def data_digest(self) -> str:

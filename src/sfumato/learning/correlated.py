@@ -28,8 +28,10 @@ from sfumato.data.sampling import Sampler
 from sfumato.errors import InputError, LedgerError, PlanError, SfumatoError
 from sfumato.gradients.clipping import MAX_UNITS
 from sfumato.learning.aggregation import Aggregation, Noise
+from sfumato.learning.plan import Plan
 from sfumato.privacy import mechanisms
 from sfumato.privacy.bounded import Bounded, Released
+from sfumato.privacy.schedules import Constant
 
 _LARGEST_NOISE = 32.0  # standard deviations; see `CorrelatedNoise.bound`
 
@@ -68,6 +70,7 @@ class CorrelatedNoise(Aggregation):
     """
 
     bands: int
+    takes_total = True
     hides_cohort = False  # nor need it be hidden: the event claims no amplification
     trust = (
         "The server is trusted: it sees each client's clipped sum before the noise is added, and it keeps, also in "
@@ -105,6 +108,19 @@ class CorrelatedNoise(Aggregation):
             raise PlanError(
                 f"CorrelatedNoise(bands={self.bands}) needs clients that take part at least {self.bands} rounds apart, not "
                 f"{sampler.separation}; use a larger separation or fewer bands."
+            )
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that does not keep participations apart, or whose noise or clip norm changes over the rounds.
+
+        Raises:
+            PlanError: names the reason and the fix.
+        """
+        self.check_sampler(plan.sampler)
+        if plan.noise != Constant() or plan.clips != Constant():
+            raise PlanError(
+                "Correlated noise needs one clip norm and one noise multiplier for the whole run; leave schedules, policies "
+                "and adaptive clip norms out of the plan."
             )
 
     def begin(self) -> CorrelatedRun:
@@ -149,6 +165,7 @@ class CorrelatedNoise(Aggregation):
 class CorrelatedRun(Aggregation):
     """The rounds of one run with `CorrelatedNoise`, made by its `begin`. It holds private numbers."""
 
+    takes_total = True
     hides_cohort = CorrelatedNoise.hides_cohort
     trust = CorrelatedNoise.trust
 
@@ -162,9 +179,9 @@ class CorrelatedRun(Aggregation):
     def check_clients(self, count: int) -> None:
         """Serve any number of clients."""
 
-    def check_sampler(self, sampler: Sampler) -> None:
-        """Refuse a sampler that does not keep participations apart, as `CorrelatedNoise` does."""
-        self._kind.check_sampler(sampler)
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that does not fit, as `CorrelatedNoise` does."""
+        self._kind.check_plan(plan)
 
     def bound(self, zero: Bounded, noise_multiplier: float) -> Bounded:
         """Return a zero with the bound that each release is noised for."""

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sfumato.data.participation import MinSeparation
 from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.data.sampling import Shuffled
@@ -141,6 +142,7 @@ class Federation:
         compute: Speed knobs.
         weighting: How much a client counts.
         quorum: Fewer answers than this make a round void.
+        available: Tells the numbers of the clients that have come to a step, (any,) int64; None for all.
     """
 
     model: nn.Module
@@ -153,6 +155,7 @@ class Federation:
     compute: Compute = DEFAULT
     weighting: Weighting = BY_RECORDS
     quorum: int = 0
+    available: Callable[[int], Tensor] | None = None
 
     @property
     def counts_clients(self) -> bool:
@@ -279,8 +282,9 @@ def check_federation(federation: Federation) -> None:
     """
     plan = federation.plan
     check_model(federation.model, mixing=not plan.is_private or federation.protects_clients)
-    if isinstance(plan.sampler, Shuffled) and not federation.counts_clients:
-        raise PlanError('Shuffled batches are not defined across clients; use sampling "poisson" or a full batch.')
+    if isinstance(plan.sampler, (Shuffled, MinSeparation)) and not federation.counts_clients:
+        kind = "Shuffled batches" if isinstance(plan.sampler, Shuffled) else "Steps that records keep apart"
+        raise PlanError(f'{kind} are not defined across clients; use sampling "poisson" or a full batch.')
     if federation.counts_clients and plan.population != len(federation.clients):
         raise PlanError(
             f"The plan is for a population of {plan.population} clients and the federation has {len(federation.clients)}; "

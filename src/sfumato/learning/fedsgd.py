@@ -92,8 +92,9 @@ class _RecordSums(Procedure):
             )
         self._draws = start_draws(federation, {})
         self.use_terms(plan.terms(0))
-        self.aggregation = noise or ServerNoise()
+        self.aggregation = (noise or ServerNoise()).begin()
         self.aggregation.check_clients(len(self._names))
+        self.aggregation.check_plan(plan)
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
 
     def contributions(self, step: int) -> dict[str, ClippedSum]:

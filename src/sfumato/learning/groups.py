@@ -24,6 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from sfumato.data.records import Records
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.support import trainable
+from sfumato.learning import spare
 from sfumato.learning.fused_linear import Fusing, NotFusable
 from sfumato.learning.local_training import Batches, LocalTraining, batches_of, mixed
 from sfumato.learning.procedure import mean_loss
@@ -155,8 +156,9 @@ class Group:
             begin, pull = _picked(begin, rows), pull.at(rows)
             batches = Batches(batches.index[rows], batches.count[rows])
         weights, buffers = self._copied(begin)
-        descent = _Descent(training, weights, self._forward(), self.hints)
-        descent.run(buffers, self._data(rows.tolist(), batches), batches, pull)
+        data = self._data(rows.tolist(), batches)
+        _Descent(training, weights, self._forward(), self.hints).run(buffers, data, batches, pull)
+        data.done()
         ends = {**weights, **buffers}
         return _picked(ends, torch.argsort(rows)) if moved else ends
 
@@ -217,16 +219,23 @@ class _Data:
         self._most = max(len(one) for one in records)
         self._sorted = batches.index[0].numel() <= self._most + batches.index.shape[2]
         length = batches.index[0].numel() if self._sorted else self._most
-        self._features = first.features.new_empty(len(records), length, *first.features.shape[1:], device=device)
-        self._targets = first.targets.new_empty(len(records), length, *first.targets.shape[1:], device=device)
+        here = [len(records), length]
+        self._features = spare.take([*here, *first.features.shape[1:]], first.features.dtype, device)
+        self._targets = spare.take([*here, *first.targets.shape[1:]], first.targets.dtype, device)
         for row, one in enumerate(records):
             if self._sorted:
                 index = batches.index[row].flatten()
-                self._features[row] = one.features.index_select(0, index.to(one.features.device))
-                self._targets[row] = one.targets.index_select(0, index.to(one.targets.device))
+                _select(one.features, index, self._features[row])
+                _select(one.targets, index, self._targets[row])
             else:
                 self._features[row, : len(one)] = one.features
                 self._targets[row, : len(one)] = one.targets
+
+    def done(self) -> None:
+        """Hand the memory in for the next clients."""
+        if self._many:
+            spare.give(self._features)
+            spare.give(self._targets)
 
     def batch(self, step: int, clients: int) -> _Batch:
         """Return features, targets and, unless all batches are full, the counts of the first `clients` clients' step."""
@@ -304,6 +313,13 @@ class _Forward:
         else:
             losses = vmap(functools.partial(_mean_of_first, self._loss))(outputs, targets, count)
         return losses.sum()
+
+
+def _select(values: Tensor, index: Tensor, out: Tensor) -> None:
+    if values.device == out.device:
+        torch.index_select(values, 0, index.to(out.device), out=out)
+    else:
+        out.copy_(values.index_select(0, index.to(values.device)))
 
 
 def _is_cross_entropy(loss: Loss, outputs: Any, targets: Tensor) -> bool:
@@ -452,7 +468,7 @@ def draws_numbers(model: nn.Module) -> bool:
 
 
 def _fresh(value: Tensor) -> Tensor:
-    return value.clone(memory_format=torch.contiguous_format)
+    return spare.take(value.shape, value.dtype, value.device).copy_(value)
 
 
 def _picked(values: Mapping[str, Tensor], rows: Any) -> dict[str, Tensor]:

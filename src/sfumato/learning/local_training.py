@@ -66,9 +66,9 @@ class LocalTraining:
         if type(optimizer) is not SGD or len(optimizer.param_groups) != 1 or self.proximal:
             return None
         group = optimizer.param_groups[0]
-        if group["momentum"] or group["weight_decay"] or group["maximize"] or not isinstance(group["lr"], float):
+        if group["momentum"] or group["weight_decay"] or group["maximize"] or not isinstance(group["lr"], (int, float)):
             return None
-        return group["lr"]
+        return float(group["lr"])
 
     @cached_property
     def is_by_element(self) -> bool:

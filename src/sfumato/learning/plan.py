@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from sfumato import _checks
 from sfumato.data.allocated import RandomAllocation
+from sfumato.data.participation import MinSeparation
 from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
 from sfumato.data.truncated import TruncatedPoisson
 from sfumato.errors import AccountingError, PlanError
@@ -28,7 +29,7 @@ Noise: TypeAlias = Schedule | PublicPolicy | ReleasedPolicy
 """How the noise changes over the steps."""
 
 _CONSTANT = Constant()
-_SAMPLING = ("poisson", "truncated-poisson", "random-allocation", "shuffled", "full-batch")
+_SAMPLING = ("poisson", "truncated-poisson", "random-allocation", "shuffled", "full-batch", "min-separation")
 _CURVE_POINTS = 16
 _SMALLEST_CLIP = 1e-30  # its square is far above what float64 loses
 
@@ -117,6 +118,7 @@ class Plan:
         epochs: float | None = None, clip: float = 1.0, sampling: str = "poisson",
         clipping: str = "flat", noise: Noise = _CONSTANT, clips: Schedule | AdaptiveClip = _CONSTANT,
         rates: Schedule = _CONSTANT, max_batch: int | None = None, order: int | None = None,
+        separation: int | None = None, participations: int | None = None,
     ) -> Plan:  # fmt: skip
         """Return the plan with the least noise that keeps `budget`.
 
@@ -130,13 +132,16 @@ class Plan:
             epochs: Passes over the population.
             clip: Norm at which one unit's part is clipped.
             sampling: "poisson", "truncated-poisson" (at most `max_batch`), "random-allocation" (every unit once an epoch, in
-                a step of its own choice), "shuffled" (fixed batches, no amplification) or "full-batch".
+                a step of its own choice), "shuffled" (fixed batches, no amplification), "full-batch", or "min-separation"
+                (units that come as they like, at least `separation` steps apart, at most `participations` times; no amplification).
             clipping: "flat", "per-layer" or "normalised"; see `Clipping`. The cost is the same.
             noise: As for the class.
             clips: As for the class.
             rates: The shape of the sampling rate over the steps, which batch_size / population scales; "poisson" only.
             max_batch: The largest batch of "truncated-poisson", which has to be given there.
             order: As for the class.
+            separation: Of "min-separation", which has to be given there.
+            participations: Of one unit in all steps of "min-separation"; None for as many as the separation leaves room for.
 
         Raises:
             PlanError: no noise keeps the budget, or the arguments contradict one another.
@@ -146,7 +151,17 @@ class Plan:
         _checks.count("batch_size", batch_size)
         _check_shapes(noise, clips, rates)
         count = _steps(steps, epochs, population, batch_size)
-        sampler = _sampler(sampling, population, batch_size, max_batch).scheduled(rates, count)
+        if (separation is None) == (sampling == "min-separation") or (
+            participations is not None and separation is None
+        ):
+            raise PlanError(
+                'separation and participations belong to "min-separation" sampling, where separation has to be given.'
+            )
+        if separation is not None:
+            most = participations or math.ceil(count / _checks.count("separation", separation))
+            sampler: Sampler = MinSeparation(batch_size, population, separation, most).scheduled(rates, count)
+        else:
+            sampler = _sampler(sampling, population, batch_size, max_batch).scheduled(rates, count)
         budget.check_population(population)
         if not budget.is_private:
             return cls(budget, sampler, math.inf, 0.0, count, population, clipping, noise, clips)

@@ -299,6 +299,7 @@ class Training(Iterator[Step]):
         assert self._charge is not None
         noise = Noise(terms.noise_multiplier, self.plan.budget.relation, self._charge, self._source)
         asked = self._procedure.asked(self._position)
+        summed = parts if self._checked else self._procedure.aggregation.summed(parts, zero=zero, noise=noise)
         try:
             released = self._procedure.aggregation.combine(parts, zero=zero, asked=asked, noise=noise)
         except LostClientsError:
@@ -313,7 +314,7 @@ class Training(Iterator[Step]):
             )
         check_scale(released, parts, noise_std(zero, terms.noise_multiplier, self.plan.budget.relation))
         if released and not self._checked:
-            check_noised(shapes, parts, released, zero)
+            check_noised(shapes, summed, released, zero)
             self._checked = True
         return released
 

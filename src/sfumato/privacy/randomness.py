@@ -111,7 +111,8 @@ class RandomSource(ABC):
 
         The probability is `rate` rounded down to a multiple of 2**-53, so that a claimed rate is never exceeded.
         """
-        return (self.words(count) >> 11).bitwise_and_(_COIN - 1) < _threshold(rate)
+        threshold = _threshold(rate)
+        return (self.words(count) >> 11).bitwise_and_(_COIN - 1) < threshold
 
     @final
     def chosen(self, count: int, rate: float) -> Tensor:
@@ -135,8 +136,8 @@ class RandomSource(ABC):
                 undecided = np.flatnonzero(drawn[found] == first)  # none for a rate of one, where `first` is 256
             taken = np.ones(len(found), dtype=np.bool_)
             taken[undecided] = (self.words(len(undecided)).numpy() & (2**45 - 1)) < rest
-            parts.append(torch.from_numpy(found[taken] + start))
-        return torch.cat(parts)
+            parts.append(found[taken] + start)
+        return torch.from_numpy(np.concatenate(parts))
 
     @final
     def permutation(self, count: int) -> Tensor:

@@ -1,0 +1,342 @@
+"""The federation of a training configuration: which knobs its algorithm has, who the clients are, and what these stand for.
+
+The kinds of values that every section is made of stand here too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Final, Literal, Self, final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from torch.optim import SGD
+
+from sfumato import _checks
+from sfumato.data import partitions
+from sfumato.data.population import Population
+from sfumato.data.records import Records
+from sfumato.learning.aggregation import Aggregation, LocalNoise, ServerNoise, SharedNoise
+from sfumato.learning.controlled import FedNova, Scaffold
+from sfumato.learning.fedavg import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+from sfumato.learning.federated import Algorithm
+from sfumato.learning.fedsgd import FedSGD
+from sfumato.learning.local_training import MakeOptimizer
+from sfumato.learning.personal import Ditto, FedPer
+from sfumato.learning.stopping import FirstOf, Plateau, Score, Stop, Target
+from sfumato.learning.weighting import ByRecords, Uniform, UpTo, Weighting
+
+_WITH_ZERO: Final = {"momentum", "server_momentum", "beta1", "beta2"}
+_WITH_ONE: Final = {"target", "expected"}
+
+
+def _positive(value: float, info: ValidationInfo) -> float:
+    return _checks.positive(str(info.field_name), value, allow_inf=info.field_name == "epsilon")
+
+
+def _share(value: float, info: ValidationInfo) -> float:
+    name = str(info.field_name)
+    return _checks.fraction(name, value, allow_zero=name in _WITH_ZERO, allow_one=name in _WITH_ONE)
+
+
+def _not_negative(value: float, info: ValidationInfo) -> float:
+    return _checks.non_negative(str(info.field_name), value)
+
+
+def _at_least_one(value: int, info: ValidationInfo) -> int:
+    return _checks.count(str(info.field_name), value)
+
+
+def _at_least_two(value: int, info: ValidationInfo) -> int:
+    return _checks.count(str(info.field_name), value, minimum=2)
+
+
+def _at_least_zero(value: int, info: ValidationInfo) -> int:
+    return _checks.count(str(info.field_name), value, minimum=0)
+
+
+Number = Annotated[float, Field(strict=True)]
+Positive = Annotated[Number, AfterValidator(_positive)]
+NotNegative = Annotated[Number, AfterValidator(_not_negative)]
+Share = Annotated[Number, AfterValidator(_share)]
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[Whole, AfterValidator(_at_least_one)]
+ClassCount = Annotated[Whole, AfterValidator(_at_least_two)]
+CountOrZero = Annotated[Whole, AfterValidator(_at_least_zero)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """A table of a configuration: every key is known, and nothing changes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def refuse(given: Mapping[str, object], needed: str) -> None:
+    """Refuse each of the given keys that has a value, because it goes with something else.
+
+    Raises:
+        ValueError: a key has a value.
+    """
+    for key, value in given.items():
+        if value is not None:
+            raise ValueError(f"{key} goes with {needed} only; remove it.")
+
+
+_LOCAL: Final = {"local_steps": "local_steps", "local_epochs": "local_epochs", "local_batch_size": "batch_size"}
+_MOMENTS: Final = {"server_lr": "server_lr", "beta1": "beta1", "tau": "tau"}
+# What an algorithm is and, besides the local ones, which keys of [training] it takes as which of its arguments.
+_ALGORITHMS: Final[dict[str, tuple[Callable[..., Algorithm], dict[str, str]]]] = {
+    "fedavg": (FedAvg, {"server_lr": "server"}),
+    "fedprox": (FedProx, {"server_lr": "server", "mu": "mu"}),
+    "fedavgm": (FedAvgM, {"server_lr": "server_lr", "server_momentum": "momentum"}),
+    "fedadam": (FedAdam, _MOMENTS | {"beta2": "beta2"}),
+    "fedyogi": (FedYogi, _MOMENTS | {"beta2": "beta2"}),
+    "fedadagrad": (FedAdagrad, _MOMENTS),
+    "scaffold": (Scaffold, {"server_lr": "server"}),
+    "fednova": (FedNova, {"server_lr": "server", "effective_steps": "effective_steps"}),
+    "ditto": (Ditto, {"server_lr": "server", "pull": "pull"}),
+    "fedper": (FedPer, {"server_lr": "server", "personal_layers": "personal_layers"}),
+}
+_OWN_KEYS: Final = tuple(dict.fromkeys(key for _, keys in _ALGORITHMS.values() for key in keys))
+
+
+class UpToSection(Section):
+    """`weighting = { most = 50 }`: a client counts by its records, up to so many."""
+
+    most: Count
+    expected: Share = 1.0
+
+
+class FederatedTraining(Section):
+    """The part of `[training]` that only a federation has."""
+
+    algorithm: (
+        Literal[
+            "fedsgd", "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "fednova",
+            "ditto", "fedper",
+        ]
+        | None
+    ) = None  # fmt: skip
+    noise: Literal["server", "shared", "local"] | None = None
+    tolerate: CountOrZero | None = None
+    local_steps: Count | None = None
+    local_epochs: Count | None = None
+    local_batch_size: Count | None = None
+    mu: Positive | None = None
+    server_lr: Positive | None = None
+    server_momentum: Share | None = None
+    beta1: Share | None = None
+    beta2: Share | None = None
+    tau: Positive | None = None
+    pull: Positive | None = None
+    personal_layers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    effective_steps: Positive | None = None
+    weighting: Literal["uniform", "records"] | UpToSection | None = None
+    quorum: CountOrZero | None = None
+    workers: Count | None = None
+
+    def check_federated(self) -> None:
+        """Refuse knobs that the algorithm does not have.
+
+        Raises:
+            ValueError: names the knob and the fix.
+        """
+        if self.algorithm is None:
+            known = ", ".join(f'"{name}"' for name in _ALGORITHMS)
+            raise ValueError(f'a federated training needs an algorithm; add algorithm = "fedsgd", {known}.')
+        taken = set()
+        if self.algorithm == "fedsgd":
+            refuse({key: getattr(self, key) for key in _LOCAL}, 'algorithm = "fedavg" and its relatives')
+        else:
+            taken = set(_ALGORITHMS[self.algorithm][1])
+        for key in _OWN_KEYS:
+            if key not in taken:
+                having = [f'"{name}"' for name, (_, keys) in _ALGORITHMS.items() if key in keys]
+                refuse({key: getattr(self, key)}, f"algorithm = {_either(having)}")
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("local_steps and local_epochs are both given; remove one of them.")
+        if self.algorithm == "fedper" and self.personal_layers is None:
+            raise ValueError(
+                'algorithm = "fedper" needs the layers that stay with the client; add personal_layers = ["..."].'
+            )
+        if self.noise != "shared":
+            refuse({"tolerate": self.tolerate}, 'noise = "shared"')
+
+    def check_curator(self) -> None:
+        """Refuse what one curator has no use for.
+
+        Raises:
+            ValueError: names the knob and the fix.
+        """
+        refuse({key: getattr(self, key) for key in FederatedTraining.model_fields}, 'mode = "federated"')
+
+    def check_unit(self, *, private: bool, clients: bool) -> None:
+        """Refuse what would do nothing, or could not be bounded, under the promise.
+
+        Args:
+            private: Whether anything is promised.
+            clients: Whether the unit is the client.
+
+        Raises:
+            ValueError: names the knob and the fix.
+        """
+        if private and self.weighting == "records":
+            raise ValueError(
+                '[training] weighting = "records" does not bound how much a client counts; choose "uniform" or '
+                "{ most = 50 } with a number of your own."
+            )
+        if not clients and (private or self.algorithm == "fedsgd"):
+            per_client = {"weighting": self.weighting, "quorum": self.quorum}
+            refuse({f"[training] {key}": value for key, value in per_client.items()}, '[privacy] unit = "client"')
+
+    def make_algorithm(self, local: MakeOptimizer) -> Algorithm:
+        """Return the algorithm.
+
+        Args:
+            local: Makes a client's optimiser, or with "fedsgd" the server's.
+
+        Raises:
+            InputError: a number is out of range, or the algorithm needs another optimiser.
+        """
+        if self.algorithm is None or self.algorithm == "fedsgd":
+            return FedSGD(optimizer=local)
+        kind, own = _ALGORITHMS[self.algorithm]
+        given: dict[str, Any] = {"local": local}
+        for key, name in (_LOCAL | own).items():
+            value = getattr(self, key)
+            if value is not None:
+                given[name] = partial(SGD, lr=value) if name == "server" else value
+        return kind(**given)
+
+    def make_noise(self) -> Aggregation | None:
+        """Return where the noise is added; None for the algorithm's own way."""
+        match self.noise:
+            case "server":
+                return ServerNoise()
+            case "shared":
+                return SharedNoise(tolerate=self.tolerate or 0)
+            case "local":
+                return LocalNoise()
+        return None
+
+    def make_weighting(self) -> Weighting | None:
+        """Return how much a client counts; None for what is usual."""
+        match self.weighting:
+            case UpToSection() as wanted:
+                return UpTo(wanted.most, wanted.expected)
+            case "uniform":
+                return Uniform()
+            case "records":
+                return ByRecords()
+        return None
+
+
+class StopSection(Section):
+    """`stop = { target = 0.95 }`: ends the run before its plan does, by the accuracy on the test part."""
+
+    target: Share | None = None
+    plateau: Count | None = None
+    by: NotNegative | None = None
+    every: Count = 1
+
+    @model_validator(mode="after")
+    def _has_a_rule(self) -> Self:
+        if self.target is None and self.plateau is None:
+            raise ValueError(
+                "the rule is missing; add target = 0.95 (an accuracy), or plateau = 5 (looks without a rise)."
+            )
+        if self.plateau is None:
+            refuse({"by": self.by}, "plateau")
+        return self
+
+
+class FederationSection(Section):
+    """`[federation]`: who the clients are, which of them are lost, and when to stop."""
+
+    by: Literal["owner"] | None = None
+    partition: Literal["iid", "dirichlet", "shards", "quantity"] | None = None
+    clients: Count | None = None
+    alpha: Positive | None = None
+    per_client: Count | None = None
+    seed: Seed = 0
+    drop_out: Share | None = None
+    stop: StopSection | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        dealt = {"clients": self.clients, "alpha": self.alpha, "per_client": self.per_client}
+        if self.partition is None:
+            refuse(dealt, "partition")
+            return self
+        if self.by is not None:
+            raise ValueError("by and partition are both given; remove one of them.")
+        needed = {"dirichlet": "alpha", "quantity": "alpha", "shards": "per_client"}
+        for key in ("clients", needed.get(self.partition)):
+            if key is not None and dealt.pop(key) is None:
+                raise ValueError(f'{key} is missing, which goes with partition = "{self.partition}"; add it.')
+        dealt.pop("clients", None)
+        for key, value in dealt.items():
+            having = [f'"{name}"' for name, other in needed.items() if other == key]
+            refuse({key: value}, f"partition = {_either(having)}")
+        return self
+
+    def population(self, records: Records) -> Population:
+        """Return the clients: the owners of the records, or parts dealt out of them.
+
+        Raises:
+            InputError: the records have no owners, an owner has no record, or they cannot be dealt out like this.
+        """
+        clients, seed = self.clients or 0, self.seed
+        match self.partition:
+            case "iid":
+                return partitions.iid(records, clients, seed)
+            case "dirichlet":
+                return partitions.dirichlet(records, clients, self.alpha or 0.0, seed)
+            case "quantity":
+                return partitions.quantity(records, clients, self.alpha or 0.0, seed)
+            case "shards":
+                return partitions.shards(records, clients, self.per_client or 0, seed)
+        return Population.of(records.by_owner())
+
+    def make_drop_out(self) -> DropOut | None:
+        """Return what loses clients, if anything does."""
+        return None if self.drop_out is None else DropOut(self.drop_out, self.seed)
+
+    def make_stop(self, score: Score) -> Stop | None:
+        """Return the stopping rule, if there is one.
+
+        Args:
+            score: The accuracy on the test part.
+        """
+        wanted, rules = self.stop, list[Stop]()
+        if wanted is None:
+            return None
+        if wanted.target is not None:
+            rules.append(Target(score, wanted.target, wanted.every))
+        if wanted.plateau is not None:
+            rules.append(Plateau(score, wanted.plateau, wanted.by or 0.0, wanted.every))
+        return rules[0] if len(rules) == 1 else FirstOf(tuple(rules))
+
+
+@final
+@dataclass(frozen=True)
+class DropOut:
+    """Loses each client that is asked with the same chance, whatever the others do: called with (step, client).
+
+    Who is lost in which step follows from the seed alone, so it is the same for any number of workers.
+    """
+
+    share: float
+    seed: int = 0
+
+    def __call__(self, step: int, client: str) -> bool:
+        """Whether this client is lost in this step."""
+        told = hashlib.blake2b(f"{self.seed} {step} {client}".encode(), digest_size=8).digest()
+        return int.from_bytes(told, "big") < self.share * 2**64
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
