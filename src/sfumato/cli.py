@@ -340,6 +340,10 @@ def train(
     config: Annotated[Path, typer.Argument(help="A configuration in TOML.")],
     out: Annotated[Path | None, typer.Option(help="The output folder; runs/NAME unless given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in that folder.")] = False,
+    owner_report: Annotated[
+        bool,
+        typer.Option("--owner-report", help="Show in the report, beyond any budget, what each client holds and did."),
+    ] = False,
 ) -> None:
     """Train as a configuration says; write model.pt, report.html and, last of all, result.json."""
     with _loading():
@@ -348,12 +352,16 @@ def train(
 
     experiment = Experiment(config)
     folder = out or Path("runs") / experiment.name
-    finished = run_experiment(experiment, folder, resume=resume)
+    finished = run_experiment(experiment, folder, resume=resume, owner_report=owner_report)
     typer.echo(str(finished.privacy))
     if finished.lost:
         typer.echo(
             f"Steps paid for and lost in a crash: {finished.lost}. They count as spent; the model did without them."
         )
+    if finished.void:
+        typer.echo(f"Rounds in which too few clients answered: {finished.void}. They are spent and released nothing.")
+    if finished.stopped:
+        typer.echo(f"Stopped early: {finished.stopped}.")
     if finished.score is not None:
         typer.echo(f"Accuracy on the test part: {finished.score.mean:.1%} (not covered by the budget).")
     typer.echo(f"Wrote {folder / 'report.html'}")

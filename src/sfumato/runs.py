@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,21 +25,30 @@ from sfumato._files import replace_file
 from sfumato._numbers import bound, floor
 from sfumato._version import __version__
 from sfumato.config import Experiment
+from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.data.schema import validated
 from sfumato.engines.simulation import Simulation
 from sfumato.errors import BudgetExhaustedError, InputError, SfumatoError
-from sfumato.learning.aggregation import LocalNoise, ServerNoise, SharedNoise
+from sfumato.federation_config import DropOut, FederationSection
 from sfumato.learning.api import federate, train
 from sfumato.learning.checkpoint import Checkpoint
-from sfumato.learning.fedavg import FedAvg
-from sfumato.learning.fedsgd import FedSGD
 from sfumato.learning.plan import Plan
 from sfumato.learning.training import Step, TrainingResult
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.statement import PrivacyStatement
-from sfumato.report.describe import curves_of, describe_machine, ledger_extract, privacy_of, score_of
+from sfumato.report.client_plots import ForOwner, clients_figure
+from sfumato.report.describe import (
+    curves_of,
+    describe_machine,
+    ledger_extract,
+    parts_of,
+    privacy_of,
+    rights_of,
+    score_of,
+)
+from sfumato.report.partition_plots import partition_figure
 from sfumato.report.result import PRIVATE
 
 _OWN_LEDGER = (
@@ -48,24 +58,68 @@ _OWN_LEDGER = (
 _UNCOVERED_ACCURACY = (
     "The accuracy in this report: it was measured on the test records without noise and is not covered by the budget."
 )
+_UNCOVERED_PICTURES = "The sections for the data's owner, who holds what and each client's part: they are exact."
+_LOOKS = 20  # at the test part while a run goes on
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run has to say: its promise, and its accuracy on the test part where there is one; steps lost."""
+    """What a finished run has to say.
+
+    Attributes:
+        privacy: Its promise.
+        score: Its accuracy on the test part, where there is one.
+        lost: Steps lost in a crash.
+        void: Rounds in which too few clients answered.
+        stopped: Why it ended before its plan, after how many of how many steps; empty if it did not.
+    """
 
     privacy: PrivacyStatement
     score: reports.Score | None
     lost: int
+    void: int
+    stopped: str
 
 
-def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Finished:
+class _RollCall:
+    """Notes who was asked and who answered, at the moment when the engine asks whether a client is lost."""
+
+    def __init__(self, drop_out: DropOut | None) -> None:
+        self._drop_out = drop_out
+        self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+
+    def __call__(self, step: int, client: str) -> bool:
+        lost = self._drop_out is not None and self._drop_out(step, client)
+        self.asked[client] += 1
+        self.answered[client] += not lost
+        return lost
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run whose parts are checked.
+
+    Attributes:
+        run: Called with the ledger and the checkpoint.
+        clients: The clients of a federation.
+        called: Who was asked and who answered, where the report will tell.
+    """
+
+    run: Callable[[Ledger | None, Checkpoint | None], TrainingResult]
+    clients: Population | None = None
+    called: _RollCall | None = None
+
+
+def run_experiment(experiment: Experiment, folder: Path, *, resume: bool, owner_report: bool = False) -> Finished:
     """Train as a configuration says; write model.pt, report.html and, last of all, result.json to `folder`.
 
     Args:
         experiment: What to train on what, and how.
         folder: Made if it is missing; empty, unless the run is resumed.
         resume: Whether to go on from the checkpoint in `folder`.
+        owner_report: Whether the page of a private federation shows who holds what and each client's part, which no
+            budget covers. The page of one without privacy always does.
 
     Raises:
         InputError: the folder does not fit, or the configuration does not fit the records.
@@ -73,9 +127,11 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Fin
         SfumatoError: the training was refused; a folder without charge and checkpoint is taken away again.
     """
     _check_folder(folder, experiment, resume)
+    if owner_report and experiment.config.training.mode == "central":
+        raise InputError(f'--owner-report shows clients, and {experiment.path} has mode = "central"; leave it out.')
     training, test = experiment.records()
     chosen, model = experiment.plan(), experiment.model(training)
-    run = _runner(experiment, model, training, chosen)
+    job = _job(experiment, model, training, test, chosen, owner_report or not chosen.is_private)
     with contextlib.ExitStack() as stack:
         shared = _granted(experiment, chosen, resume)
         if shared is not None:
@@ -88,13 +144,17 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool) -> Fin
                 ledger.grant(experiment.dataset, chosen.budget, note="exactly the budget of this run")
         start = time.perf_counter()
         with experiment.blamed("the run was refused:"):
-            result = run(ledger, _checkpoint(experiment, folder, resume))
+            result = job.run(ledger, _checkpoint(experiment, folder, resume))
+        seconds = time.perf_counter() - start
         said = result.privacy
         if chosen.is_private and shared is None:
             said = dataclasses.replace(said, not_covered=(*said.not_covered, _OWN_LEDGER))
-        seconds, score = time.perf_counter() - start, _score(model, test)
-        _publish(folder, model, _result(experiment, chosen, said, ledger, score, seconds, result.steps))
-    return Finished(said, score, result.lost)
+        score = _score(experiment, result, test)
+        owner = _for_owner(experiment, job, result, training, test)
+        told = _result(experiment, chosen, said, ledger, score, seconds, result.steps, owner is not None)
+        _publish(folder, model, told, owner)
+    stopped = f"{result.stopped}, at step {result.steps[-1].index} of {chosen.steps}" if result.stopped else ""
+    return Finished(said, score, result.lost, result.void, stopped)
 
 
 def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
@@ -169,10 +229,10 @@ def _checkpoint(experiment: Experiment, folder: Path, resume: bool) -> Checkpoin
     return None if wanted is None else Checkpoint(folder / "checkpoint.pt", wanted.every, resume)
 
 
-def _runner(
-    experiment: Experiment, model: nn.Module, records: Records, chosen: Plan
-) -> Callable[[Ledger | None, Checkpoint | None], TrainingResult]:
-    """Check all that the run needs, and return what runs it."""
+def _job(
+    experiment: Experiment, model: nn.Module, records: Records, test: Records, chosen: Plan, pictures: bool
+) -> _Job:
+    """Check all that the run needs, and return it."""
 
     def squared(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(outputs.squeeze(-1), targets)
@@ -191,28 +251,36 @@ def _runner(
                     compute=experiment.compute(),
                 )  # fmt: skip
 
-        return central
-    with experiment.blamed("[data]"):
-        clients = records.by_owner()
+        return _Job(central)
+    clients = experiment.clients(records)
     _check_populations(experiment, chosen, clients)
-    noises = {
-        "server": ServerNoise(), "shared": SharedNoise(tolerate=wanted.tolerate or 0), "local": LocalNoise()
-    }  # fmt: skip
-    noise = noises[wanted.noise] if wanted.noise else None
-    algorithm: FedAvg | FedSGD = FedSGD(optimizer=make)
-    if wanted.algorithm == "fedavg":
-        algorithm = FedAvg(local=make, local_steps=wanted.local_steps or 1, batch_size=wanted.local_batch_size)
+    federation = experiment.config.federation or FederationSection()
+    with experiment.blamed("[training]"):
+        algorithm = wanted.make_algorithm(make)
+    drop_out = federation.make_drop_out()
+    called = _RollCall(drop_out) if pictures else None
+    if test.classes is None and federation.stop is not None:
+        raise InputError(
+            f"{experiment.path}: [federation] stop looks at the accuracy on the test part, and these targets are no "
+            "classes; remove it."
+        )
+
+    def accuracy(model: nn.Module) -> float:
+        return _mean(rights_of(model, test))
+
+    look = None if test.classes is None or wanted.algorithm == "fedper" else lambda: accuracy(model)
 
     def federated(ledger: Ledger | None, checkpoint: Checkpoint | None) -> TrainingResult:
-        with _progress(chosen) as on_step:
+        with _progress(chosen, _cohort(chosen, clients), look) as on_step:
             return federate(
-                model, clients, chosen, algorithm=algorithm, engine=Simulation(), loss=loss, noise=noise,
+                model, clients, chosen, algorithm=algorithm, loss=loss, noise=wanted.make_noise(),
+                engine=Simulation(drop_out=called or drop_out, workers=wanted.workers),
+                weighting=wanted.make_weighting(), quorum=wanted.quorum or 0, stop=federation.make_stop(accuracy),
                 populations=experiment.config.privacy.populations, ledger=ledger, dataset=dataset, purpose=purpose,
-                checkpoint=checkpoint, on_step=on_step,
-                    compute=experiment.compute(),
+                checkpoint=checkpoint, on_step=on_step, compute=experiment.compute(),
             )  # fmt: skip
 
-    return federated
+    return _Job(federated, clients, called)
 
 
 def _check_populations(experiment: Experiment, chosen: Plan, clients: Iterable[str]) -> None:
@@ -233,46 +301,118 @@ def _check_populations(experiment: Experiment, chosen: Plan, clients: Iterable[s
         )
 
 
+def _cohort(chosen: Plan, clients: Population) -> str:
+    """Say how many clients a round expects; never how many were drawn, which a private run must not tell."""
+    count, expected = len(clients), round(chosen.expected_batch)
+    if chosen.budget.unit is Unit.RECORD or expected == count:
+        return f"{count:,} clients, "
+    return f"about {expected:,} of {count:,} clients, "
+
+
 @contextlib.contextmanager
-def _progress(chosen: Plan) -> Iterator[Callable[[Step], None]]:
+def _progress(
+    chosen: Plan, cohort: str = "", look: Callable[[], float] | None = None
+) -> Iterator[Callable[[Step], None]]:
+    """Show a bar on a terminal: steps, the expected cohort, what is spent, now and then the accuracy, and the time left."""
     console = Console(stderr=True)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=chosen.steps)
+    columns = (
+        TextColumn("round" if cohort else "training"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.description}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    shown, every, seen = console.is_terminal, max(1, chosen.steps // _LOOKS), ""
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task(cohort, total=chosen.steps)
 
         def on_step(step: Step) -> None:
+            nonlocal seen
             words = "no privacy promised"
             if math.isfinite(step.epsilon):
                 words = f"epsilon {bound(step.epsilon)} spent, {floor(step.remaining)} left"
-            progress.update(task, completed=step.index, description=words)
+            if shown and look is not None and step.index % every == 0:
+                said = " (not covered by the budget)" if chosen.is_private else ""
+                seen = f", test accuracy {look():.1%}{said}"
+            progress.update(task, completed=step.index, description=cohort + words + seen)
 
         yield on_step
 
 
-def _score(model: nn.Module, test: Records) -> reports.Score | None:
-    if test.classes is None:
+def _score(experiment: Experiment, result: TrainingResult, test: Records) -> reports.Score | None:
+    """Return the accuracy on the test part: of the shared model, or of each owner's own where only that is trained whole."""
+    held = _by_owner(test)
+    personal = experiment.config.training.algorithm == "fedper"
+    if test.classes is None or (personal and (_is_dealt_out(experiment) or not held)):
         return None
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        right = (model(test.features).argmax(dim=1) == test.targets).double()
-    model.train(was_training)
-    per_owner = {}
-    if test.owner_codes is not None:
-        for code, owner in enumerate(test.owner_names):
-            held = test.owner_codes == code
-            if held.any():
-                per_owner[owner] = float(right[held].mean())
-    return reports.Score.model_validate(score_of([float(right.mean())], per_owner))
+    if personal:
+        right = torch.zeros(len(test), dtype=torch.bool)
+        for owner, indices in held.items():
+            right[indices] = rights_of(result.personal_model(owner), test.select(indices))
+    else:
+        right = rights_of(result.model, test)
+    per_owner = {owner: _mean(right[indices]) for owner, indices in held.items()}
+    return reports.Score.model_validate(score_of([_mean(right)], per_owner))
+
+
+def _mean(right: torch.Tensor) -> float:
+    return float(right.double().mean())
+
+
+def _by_owner(test: Records) -> dict[str, torch.Tensor]:
+    """Return where the records of each owner are, of those that have some."""
+    if test.owner_codes is None:
+        return {}
+    held = {owner: (test.owner_codes == code).nonzero().flatten() for code, owner in enumerate(test.owner_names)}
+    return {owner: indices for owner, indices in held.items() if len(indices)}
+
+
+def _is_dealt_out(experiment: Experiment) -> bool:
+    """Whether the clients are parts of the records, so that none of the test records is anybody's own."""
+    federation = experiment.config.federation
+    return federation is not None and federation.partition is not None
+
+
+def _for_owner(
+    experiment: Experiment, job: _Job, result: TrainingResult, records: Records, test: Records
+) -> ForOwner | None:
+    """Return the pictures of the clients, if the report has them."""
+    if job.called is None or job.clients is None:
+        return None
+    algorithm, dealt_out = experiment.config.training.algorithm, _is_dealt_out(experiment)
+    places = _by_owner(test)
+
+    def scored(name: str, own: Records) -> tuple[float | None, float | None]:
+        if own.classes is None or not (dealt_out or name in places):
+            return None, None
+        held = own if dealt_out else test.select(places[name])
+        shared = None if algorithm == "fedper" else _mean(rights_of(result.model, held))
+        if algorithm not in ("ditto", "fedper"):
+            return shared, None
+        return shared, _mean(rights_of(result.personal_model(name), held))
+
+    called = job.called
+    parts = parts_of(job.clients, len(records), called.asked, called.answered, scored)
+    figure = clients_figure(
+        parts,
+        rounds=max(1, len(result.steps), *(part.asked for part in parts)),
+        clients=len(job.clients),
+        scored_on="the records it trained on, where a model looks better than it is"
+        if dealt_out
+        else "its test records",
+    )
+    left_out = (
+        f"Left out: {result.nonfinite:,} parts with NaN or infinite values, {result.refused:,} answers with names or shapes "
+        f"that were not asked for. Rounds with too few answers: {result.void:,}."
+    )
+    return ForOwner(partition_figure(job.clients), figure, (left_out,))
 
 
 def _result(
     experiment: Experiment, chosen: Plan, said: PrivacyStatement, ledger: Ledger | None, score: reports.Score | None,
-    seconds: float, steps: Sequence[Step],
+    seconds: float, steps: Sequence[Step], pictures: bool,
 ) -> reports.Result:  # fmt: skip
     privacy, curves = None, None
     if chosen.is_private:
-        privacy = privacy_of(chosen, said, [_UNCOVERED_ACCURACY] if score else [])
+        exact = {_UNCOVERED_ACCURACY: score is not None, _UNCOVERED_PICTURES: pictures}
+        privacy = privacy_of(chosen, said, [sentence for sentence, there in exact.items() if there])
         curves = curves_of(chosen, experiment.name, steps)
     owners: dict[str, int | None] = dict.fromkeys(score.per_owner if score else ())
     content = {
@@ -296,11 +436,11 @@ def _result(
     return validated(reports.Result, content, f"The result of {experiment.path}")
 
 
-def _publish(folder: Path, model: nn.Module, result: reports.Result) -> None:
+def _publish(folder: Path, model: nn.Module, result: reports.Result, owner: ForOwner | None) -> None:
     """Write the three files, `result.json` last: where it stands, the run is finished."""
     try:
         replace_file(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
     except OSError as error:
         raise InputError(f"{folder / 'model.pt'} cannot be written ({error.strerror}); make room.") from None
-    reports.write_report(result, folder)
+    reports.write_report(result, folder, owner)
     reports.write_result(result, folder / "result.json")

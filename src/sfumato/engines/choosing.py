@@ -13,6 +13,7 @@ from sfumato.learning.groups import STACKED
 
 _CACHES = (2**21, 2**22, 2**24)  # numbers that a chunk's models may have together, from small to large caches
 _MOST_STACKED = 256
+_ALONE = 4  # clients that a worker trains one by one before it hands in their sum
 _LEAST_TIMED = 3  # trials of each choice; the first one warms up
 _GIVE_UP = 1.5  # a choice that is so much slower than the best is not tried again
 
@@ -67,7 +68,7 @@ class Chooser:
         choices: list[Choice] = []
         for way in ways:
             for count in workers:
-                chunks = _stacks(size) if way == STACKED else [1]
+                chunks = _stacks(size) if way == STACKED else [_ALONE]
                 choices += [Choice(way, chunk, count) for chunk in chunks]
         # The surest way first: it sets the time that the others have to beat.
         self._trials = [_Trial(choice) for choice in reversed(list(dict.fromkeys(choices)))]

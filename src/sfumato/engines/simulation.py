@@ -206,15 +206,13 @@ class Crew:
         return self._pools[choice.workers].submit(self._work, clients, records, step, choice.way)
 
     def _work(self, clients: Sequence[int], records: Sequence[Records], step: int, way: str) -> Answer:
+        if way != STACKED and len(clients) > 1:
+            one_by_one = zip(clients, records, strict=True)
+            return Answer.joined(self._work([number], [held], step, way) for number, held in one_by_one)
         try:
             return self._task.work(clients, records, way)
         except SfumatoError as error:
-            if way != ALONE or len(clients) > 1:
-                return self._one_by_one(clients, records, step)
+            if way != ALONE:  # the sure way goes through, or its error names one client
+                return self._work(clients, records, step, ALONE)
             name = self._task.population.name_at(clients[0])
             raise type(error)(f'Client "{name}", step {step + 1}: {error}') from error
-
-    def _one_by_one(self, clients: Sequence[int], records: Sequence[Records], step: int) -> Answer:
-        """Do the work again, so that the error names one client; a way that failed for another reason may go through."""
-        answers = [self._work([number], [held], step, ALONE) for number, held in zip(clients, records, strict=True)]
-        return Answer.joined(answers)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato import _checks
 from sfumato.errors import InputError
+from sfumato.gradients import spare
 from sfumato.privacy.bounded import Bounded, Tensors
 
 MAX_UNITS = 2**20
@@ -188,12 +189,16 @@ def weighted_sum(vectors: Tensor, weights: Tensor, broken: Tensor | None = None)
     rows = vectors.detach().flatten(1)
     if broken is not None and bool(broken.any()):
         rows, weights = rows[~broken], weights[~broken]
-    total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
+    total = spare.take(vectors.shape[1:], torch.float64, rows.device)
+    flat = total.view(-1)
     start = 0
     for piece in _pieces(rows):
-        torch.mv(piece.to(torch.float64).t(), weights, out=total[start : start + piece.shape[1]])
+        if len(piece) == 1:
+            torch.mul(piece[0], weights, out=flat[start : start + piece.shape[1]])
+        else:
+            torch.mv(piece.to(torch.float64).t(), weights, out=flat[start : start + piece.shape[1]])
         start += piece.shape[1]
-    return total.view(vectors.shape[1:])
+    return total
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:

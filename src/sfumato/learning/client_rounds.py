@@ -14,10 +14,10 @@ from typing_extensions import override
 from sfumato.data.participation import MinSeparation, SeparatedDraws
 from sfumato.data.records import Records
 from sfumato.errors import PlanError
+from sfumato.gradients import spare
 from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.clipping import clip_vectors, weighted_sum
 from sfumato.gradients.support import running, trainable
-from sfumato.learning import spare
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.federated import (
     Answer,

@@ -25,6 +25,7 @@ from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.data.sampling import Shuffled
 from sfumato.errors import PlanError
+from sfumato.gradients import spare
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.gradients.support import check_model, trainable
@@ -66,14 +67,18 @@ class Answer:
 
     @classmethod
     def joined(cls, answers: Iterable[Answer]) -> Answer:
-        """Return several answers as one, adding up as they come; uses the first one's total up."""
+        """Return several answers as one, adding up as they come; uses their totals up."""
         total: dict[str, Tensor] = {}
         parts: dict[int, Bounded] | None = None
         kept: dict[int, Tensors] = {}
         weight, answered, nonfinite, refused = 0.0, 0, 0, 0
         for answer in answers:
             for name, value in answer.total.items():
-                total[name] = total[name].add_(value) if name in total else value
+                if name not in total:
+                    total[name] = value
+                else:
+                    total[name].add_(value)
+                    spare.give(value)
             if answer.parts is not None:
                 parts = {**(parts or {}), **answer.parts}
             kept |= answer.kept

@@ -18,6 +18,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
+_LARGE, _FEW_ROWS = 2**19, 64  # where a weight far larger than its input is read twice as fast from the left
+
+
 class NotFusable(Exception):  # noqa: N818 (a signal within this folder, never an error that a user sees)
     """A fused weight is used in another way as well, so the step has to be computed with written-out gradients."""
 
@@ -35,7 +38,11 @@ class _Linear(torch.autograd.Function):
         ctx.rate = rate
         rows = _rows(x, weight)
         if weight.dim() == 2:
-            out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+            if weight.numel() >= _LARGE and len(rows) < _FEW_ROWS and weight.device.type == "cpu":
+                out = torch.mm(weight, rows.t()).t().contiguous()
+                out = out if bias is None else out.add_(bias)
+            else:
+                out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
             return out.view(*x.shape[:-1], -1)
         if bias is None:
             out = torch.bmm(rows, weight.mT)
@@ -128,7 +135,10 @@ class Fusing(TorchFunctionMode):
         return frozenset(name for pair in self._pairs if once.issuperset(pair) for name in pair)
 
     def _on_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        self._elsewhere |= self._used([input])
+        entered = self._used([input])
+        self._elsewhere |= entered
+        if not self._fused.isdisjoint(entered):
+            raise NotFusable
         pair = [self._names.get(id(tensor)) for tensor in (weight, bias) if tensor is not None]
         names = tuple(name for name in pair if name is not None)
         if len(names) == len(pair):

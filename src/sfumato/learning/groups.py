@@ -22,9 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from sfumato.data.records import Records
+from sfumato.gradients import spare
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.support import trainable
-from sfumato.learning import spare
 from sfumato.learning.fused_linear import Fusing, NotFusable
 from sfumato.learning.local_training import Batches, LocalTraining, batches_of, mixed
 from sfumato.learning.procedure import mean_loss
@@ -480,4 +480,4 @@ def _at(values: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 def _channels_last(value: Tensor) -> Tensor:
-    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+    return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value

@@ -133,7 +133,8 @@ class Plan:
             clip: Norm at which one unit's part is clipped.
             sampling: "poisson", "truncated-poisson" (at most `max_batch`), "random-allocation" (every unit once an epoch, in
                 a step of its own choice), "shuffled" (fixed batches, no amplification), "full-batch", or "min-separation"
-                (units that come as they like, at least `separation` steps apart, at most `participations` times; no amplification).
+                (units that come as they like, at least `separation` steps apart, at most `participations` times: no
+                amplification).
             clipping: "flat", "per-layer" or "normalised"; see `Clipping`. The cost is the same.
             noise: As for the class.
             clips: As for the class.

@@ -1,4 +1,4 @@
-"""Each client's part in a federation: its records, its rounds, how good the model is there, as SVG text. From private records."""
+"""Each client's part in a federation: its records, its rounds and its accuracy, as SVG text. Made from private records."""
 
 from __future__ import annotations
 

@@ -6,11 +6,14 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from sfumato.data.population import Population
+from sfumato.data.records import Records
 from sfumato.learning.plan import Plan
 from sfumato.learning.training import Step
 from sfumato.privacy import events
@@ -18,8 +21,11 @@ from sfumato.privacy.books import Entry
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.meaning import meaning
 from sfumato.privacy.statement import PrivacyStatement
+from sfumato.report.client_plots import ClientPart
 
 _POINTS = 64
+_AT_ONCE = 1_000  # records that a model sees together when it is scored
+_MOST_CLIENTS = 2_000
 
 
 def privacy_of(plan: Plan, statement: PrivacyStatement, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,6 +68,46 @@ def score_of(values: Sequence[float], per_owner: Mapping[str, float]) -> dict[st
         "per_owner": dict(per_owner),
         "values": list(values),
     }
+
+
+def rights_of(model: nn.Module, records: Records) -> Tensor:
+    """Return which records the model puts into the right class, (n,) bool. The exact answers: under no budget."""
+    was_training = model.training
+    model.eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        parts = [
+            (model(features.to(device)).argmax(dim=1).cpu() == targets.cpu())
+            for features, targets in zip(records.features.split(_AT_ONCE), records.targets.split(_AT_ONCE), strict=True)
+        ]
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def parts_of(
+    population: Population,
+    total: int,
+    asked: Mapping[str, int],
+    answered: Mapping[str, int],
+    scored: Callable[[str, Records], tuple[float | None, float | None]],
+) -> list[ClientPart]:
+    """Return what each client held, did and got; of more than 2,000 clients, as many at even distances.
+
+    Args:
+        population: The clients; each of those returned is made once.
+        total: How many records all clients hold together.
+        asked: Rounds in which a client was asked, by name; 0 if it is missing.
+        answered: Rounds in which it answered.
+        scored: Called with a client's name and records; returns the accuracy of the shared and of its own model.
+    """
+    read = min(_MOST_CLIENTS, len(population))
+    parts = []
+    for place in range(read):
+        index = place * len(population) // read
+        name, records = population.name_at(index), population.at(index)
+        shared, own = scored(name, records)
+        parts.append(ClientPart(name, len(records) / total, asked.get(name, 0), answered.get(name, 0), shared, own))
+    return parts
 
 
 def ledger_extract(ledger: Ledger, dataset: str | None = None) -> dict[str, Any]:

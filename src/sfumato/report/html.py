@@ -18,6 +18,7 @@ from sfumato.errors import InputError
 from sfumato.privacy.budget import Relation, Unit
 from sfumato.privacy.meaning import FALSE_POSITIVE_RATES, in_words, share_bound
 from sfumato.report import plots
+from sfumato.report.client_plots import ForOwner
 from sfumato.report.result import LedgerEntry, Privacy, Result, Run, exact_sum, write_text_atomically
 
 FILE_NAME: Final = "report.html"
@@ -43,8 +44,13 @@ _NEIGHBOURS: Final = {
 }
 
 
-def render(result: Result) -> str:
-    """Return the whole page as text; the same result always gives the same page."""
+def render(result: Result, owner: ForOwner | None = None) -> str:
+    """Return the whole page as text; the same arguments always give the same page.
+
+    Args:
+        result: What the page tells.
+        owner: Pictures of private records for the data's owner, which no `result.json` holds; None for a page without.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "bound": bound,
@@ -59,6 +65,7 @@ def render(result: Result) -> str:
     ledger = result.ledger
     return environment.from_string(page).render(
         result=result,
+        owner=owner,
         title=result.title or "Privacy report",
         summary=summary(result),
         private=result.private_runs,
@@ -89,8 +96,13 @@ _PUBLIC_KINDS: Final = {
 }
 
 
-def write_report(result: Result, folder: str | Path) -> Path:
+def write_report(result: Result, folder: str | Path, owner: ForOwner | None = None) -> Path:
     """Write the page as `report.html` into `folder` (made if missing), whole or not at all; return its path.
+
+    Args:
+        result: What the page tells.
+        folder: Where to write it.
+        owner: As for `render`.
 
     Raises:
         InputError: the folder cannot be made or written.
@@ -100,7 +112,7 @@ def write_report(result: Result, folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made a folder ({error.strerror}); choose another one.") from None
-    return write_text_atomically(folder / FILE_NAME, render(result))
+    return write_text_atomically(folder / FILE_NAME, render(result, owner))
 
 
 def tied(text: str) -> str:
