@@ -6,6 +6,7 @@ The kinds of values that every section is made of stand here too.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -336,6 +337,31 @@ class DropOut:
         """Whether this client is lost in this step."""
         told = hashlib.blake2b(f"{self.seed} {step} {client}".encode(), digest_size=8).digest()
         return int.from_bytes(told, "big") < self.share * 2**64
+
+
+@final
+class RollCall:
+    """Notes who was asked and who answered, at the moment when an engine asks whether a client is lost.
+
+    Args:
+        drop_out: What loses clients; None if nothing does.
+
+    Attributes:
+        asked: Steps in which each client was asked, by name. Private, as who takes part is.
+        answered: Steps in which it answered.
+    """
+
+    def __init__(self, drop_out: DropOut | None) -> None:
+        self._drop_out = drop_out
+        self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+
+    def __call__(self, step: int, client: str) -> bool:
+        """Whether this client is lost in this step."""
+        lost = self._drop_out is not None and self._drop_out(step, client)
+        self.asked[client] += 1
+        self.answered[client] += not lost
+        return lost
 
 
 def _either(words: list[str]) -> str:

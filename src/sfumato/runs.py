@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +29,7 @@ from sfumato.data.records import Records
 from sfumato.data.schema import validated
 from sfumato.engines.simulation import Simulation
 from sfumato.errors import BudgetExhaustedError, InputError, SfumatoError
-from sfumato.federation_config import DropOut, FederationSection
+from sfumato.federation_config import FederationSection, RollCall
 from sfumato.learning.api import federate, train
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.plan import Plan
@@ -81,21 +80,6 @@ class Finished:
     stopped: str
 
 
-class _RollCall:
-    """Notes who was asked and who answered, at the moment when the engine asks whether a client is lost."""
-
-    def __init__(self, drop_out: DropOut | None) -> None:
-        self._drop_out = drop_out
-        self.asked: Counter[str] = Counter()
-        self.answered: Counter[str] = Counter()
-
-    def __call__(self, step: int, client: str) -> bool:
-        lost = self._drop_out is not None and self._drop_out(step, client)
-        self.asked[client] += 1
-        self.answered[client] += not lost
-        return lost
-
-
 @dataclass(frozen=True)
 class _Job:
     """A run whose parts are checked.
@@ -108,7 +92,7 @@ class _Job:
 
     run: Callable[[Ledger | None, Checkpoint | None], TrainingResult]
     clients: Population | None = None
-    called: _RollCall | None = None
+    called: RollCall | None = None
 
 
 def run_experiment(experiment: Experiment, folder: Path, *, resume: bool, owner_report: bool = False) -> Finished:
@@ -258,7 +242,7 @@ def _job(
     with experiment.blamed("[training]"):
         algorithm = wanted.make_algorithm(make)
     drop_out = federation.make_drop_out()
-    called = _RollCall(drop_out) if pictures else None
+    called = RollCall(drop_out) if pictures else None
     if test.classes is None and federation.stop is not None:
         raise InputError(
             f"{experiment.path}: [federation] stop looks at the accuracy on the test part, and these targets are no "

@@ -177,8 +177,8 @@ class Group:
     def _forward(self) -> _Forward:
         # Fresh copies, so that nothing a model or loss keeps of one client (a buffer, an attribute) reaches the next.
         loss = copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
-        # The parameters are put in anew at each call, so they need no copy.
-        same = {id(parameter): parameter for parameter in self.model.parameters()}
+        # The trained parameters are put in anew at each call, so they need no copy; frozen ones a forward might write to.
+        same = {id(parameter): parameter for parameter in trainable(self.model).values()}
         return _Forward(copy.deepcopy(self.model, same), loss, many=self.way == STACKED)
 
     def _copied(self, begin: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
