@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.data import population as module
-from sfumato.data.population import Numbered, Population
+from sfumato.data import tabled_population as module
+from sfumato.data.client_names import Numbered
+from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.data.schema import Category, Numeric, Owner, Schema, Target
 from sfumato.errors import InputError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import math
@@ -16,14 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import flat as parameters
+from helpers import toy_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sfumato as sf
 from sfumato.data.participation import MinSeparation
 from sfumato.data.sampling import FullBatch, Poisson, Sampler, Shuffled
 from sfumato.errors import (
     BudgetExhaustedError,
+    CheckpointError,
     InputError,
     LedgerError,
     PlanError,
@@ -31,9 +36,12 @@ from sfumato.errors import (
     SfumatoError,
 )
 from sfumato.learning import correlated
+from sfumato.learning.adaptive_clip import AdaptiveClip
 from sfumato.learning.aggregation import Noise, ServerNoise
 from sfumato.learning.correlated import CorrelatedNoise, CorrelatedRun
+from sfumato.learning.plan import Plan
 from sfumato.learning.selfcheck import check_noised, check_scale
+from sfumato.learning.training import Training
 from sfumato.privacy import events, mechanisms
 from sfumato.privacy.accounts import Cost
 from sfumato.privacy.bounded import RELEASE, Bounded, Released
@@ -41,6 +49,7 @@ from sfumato.privacy.budget import Budget, Relation, Unit
 from sfumato.privacy.ledger import Charge, Ledger
 from sfumato.privacy.mechanisms import noise_std
 from sfumato.privacy.randomness import RandomSource, SecureSource, SeededSource
+from sfumato.privacy.schedules import Linear
 
 ADD = Relation.ADD_OR_REMOVE_ONE
 few = settings(max_examples=30, deadline=None)
@@ -345,20 +354,33 @@ def test_noise_that_float64_cannot_carry_is_refused() -> None:
 # What may be combined.
 
 
-@pytest.mark.parametrize("sampler", [FullBatch(), Poisson(0.1), Shuffled(2, 9)])
+def plan_of(sampler: Sampler, **more: Any) -> Plan:
+    return Plan(Budget(90.0, 1e-5, Unit.CLIENT), sampler, 1.0, 2.0, 6, 99, **more)
+
+
+@pytest.mark.parametrize("sampler", [FullBatch(), Poisson(0.1), Shuffled(9, 99)])
 @pytest.mark.parametrize("bands", [1, 3])
 def test_other_samplers_are_refused(sampler: Sampler, bands: int) -> None:
+    with pytest.raises(PlanError, match="use the sampler MinSeparation, or ServerNoise"):
+        CorrelatedNoise(bands).check_sampler(sampler)
     for aggregation in (CorrelatedNoise(bands), CorrelatedNoise(bands).begin()):
         with pytest.raises(PlanError, match="use the sampler MinSeparation, or ServerNoise"):
-            aggregation.check_sampler(sampler)
+            aggregation.check_plan(plan_of(sampler))
 
 
 def test_a_separation_of_at_least_the_bands_is_served() -> None:
     for separation in (3, 4):
         CorrelatedNoise(3).check_sampler(MinSeparation(1, 99, separation, 2))
-        CorrelatedNoise(3).begin().check_sampler(MinSeparation(1, 99, separation, 2))
-    CorrelatedNoise(3).check_clients(1)
-    CorrelatedNoise(3).begin().check_clients(1)
+        for aggregation in (CorrelatedNoise(3), CorrelatedNoise(3).begin()):
+            aggregation.check_plan(plan_of(MinSeparation(1, 99, separation, 2)))
+            aggregation.check_clients(1)
+
+
+@pytest.mark.parametrize("change", [{"noise": Linear(2, 1)}, {"clips": Linear(1, 0.5)}, {"clips": AdaptiveClip()}])
+def test_a_plan_whose_noise_or_clip_norm_changes_is_refused(change: dict[str, Any]) -> None:
+    for aggregation in (CorrelatedNoise(3), CorrelatedNoise(3).begin()):
+        with pytest.raises(PlanError, match="one clip norm and one noise multiplier"):
+            aggregation.check_plan(plan_of(MinSeparation(1, 99, 3, 2), **change))
 
 
 @pytest.mark.parametrize("bands", [0, -1, 1.5, math.nan, True])
@@ -532,3 +554,80 @@ def test_a_run_is_called_by_its_public_numbers_and_cannot_be_copied() -> None:
     for away in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="private"):
             away(run)
+
+
+# From the plan to the model.
+
+
+def federated(model: torch.nn.Module, noise: object, steps: int = 8, **more: Any) -> Training:
+    """Return rounds of 3 of 12 clients, at least 4 rounds apart, whose gradients are all zero."""
+    budget = sf.Budget(20.0, 1e-3, unit=Unit.CLIENT)
+    plan = sf.Plan.calibrate(
+        budget, population=12, batch_size=3, steps=steps, sampling="min-separation", separation=4, clip=0.5
+    )
+    return sf.rounds(
+        model, toy_records(owners=12).by_owner(), plan, algorithm=sf.FedSGD(functools.partial(torch.optim.SGD, lr=1.0)),
+        engine=sf.Simulation(), loss=lambda outputs, targets: outputs.sum() * 0, noise=noise, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bands", [1, 4])
+def test_a_federation_is_trained_with_the_noise_of_the_matrix(bands: int) -> None:
+    model = torch.nn.Linear(4, 4000)
+    training = federated(model, CorrelatedNoise(bands))
+    models = [parameters(model).double()]
+    for _ in training:
+        models.append(parameters(model).double())
+    found = -3 * torch.stack(models).diff(dim=0).numpy()  # the mean over the 3 clients expected, taken for a gradient
+    std = 0.5 * training.plan.noise_multiplier * CorrelatedNoise(bands).norm
+    white = matrix(bands, range(8)) @ found
+    assert is_white(white, std)
+    for wrong in (2 / 3, 3 / 2):
+        assert not is_white(white, wrong * std)
+    assert CorrelatedNoise.trust in training.result().privacy.not_covered
+
+
+def test_a_federation_whose_clients_do_not_keep_apart_is_refused() -> None:
+    with pytest.raises(PlanError, match="at least 5 rounds apart, not 4"):
+        federated(torch.nn.Linear(4, 2), CorrelatedNoise(5))
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_after_a_crash_lost_cohorts_are_drawn_again_or_the_run_is_over(comes: bool, tmp_path: Path) -> None:
+    def start(resume: bool) -> Training:
+        ledger = sf.Ledger(tmp_path / "ledger.sqlite")
+        if not resume:
+            ledger.grant("federation", sf.Budget(20.0, 1e-3, unit=Unit.CLIENT))
+        kept = sf.Checkpoint(tmp_path / "run.pt", every=2, resume=resume)
+        available = (lambda step: torch.arange(12)) if comes else None
+        return federated(
+            torch.nn.Linear(4, 20), CorrelatedNoise(4), ledger=ledger, checkpoint=kept, available=available
+        )
+
+    training = start(resume=False)
+    for _ in range(3):
+        next(training)
+    del training  # as after a crash: the last save is at step 2, steps 3 and 4 are leased
+    resumed = start(resume=True)
+    if comes:
+        with pytest.raises(CheckpointError, match="Before step 5, 2 steps were lost"):
+            next(resumed)
+    else:
+        assert [step.index for step in resumed] == [5, 6, 7, 8]
+        assert resumed.result().lost == 2
+
+
+def test_void_rounds_leave_the_noise_of_the_others_right() -> None:
+    model = torch.nn.Linear(4, 4000)
+    come = {2: torch.empty(0, dtype=torch.int64), 5: torch.empty(0, dtype=torch.int64)}
+    training = federated(model, CorrelatedNoise(4), quorum=1, available=lambda step: come.get(step, torch.arange(12)))
+    models = [parameters(model).double()]
+    for _ in training:
+        models.append(parameters(model).double())
+    found = -3 * torch.stack(models).diff(dim=0).numpy()
+    rounds = [0, 1, 3, 4, 6, 7]
+    assert not found[[2, 5]].any()
+    assert training.result().void == 2
+    std = 0.5 * training.plan.noise_multiplier * CorrelatedNoise(4).norm
+    assert is_white(matrix(4, rounds) @ found[rounds], std)
+    assert not is_white(matrix(4, range(6)) @ found[rounds], std)

@@ -18,7 +18,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from sfumato import _checks
-from sfumato.data.population import ClientNames, Listed, Numbered, Population, digest_of
+from sfumato.data.client_names import ClientNames, Listed, Numbered
+from sfumato.data.population import Population, digest_of
 from sfumato.data.records import Records
 from sfumato.errors import InputError
 

@@ -80,8 +80,8 @@ class Records:
             InputError: There is no record, lengths differ, a value is NaN or infinite, or a type or a
                 class is not one of those above.
         """
-        x = _as_features(f"{name}: features", _dense(f"{name}: features", features))
-        y = _as_targets(f"{name}: targets", _dense(f"{name}: targets", targets))
+        x = as_features(f"{name}: features", _dense(f"{name}: features", features))
+        y = as_targets(f"{name}: targets", _dense(f"{name}: targets", targets))
         if x.ndim == 0 or len(x) == 0:
             raise InputError(f"{name}: features hold no record. Fix: pass at least one row.")
         if len(x) != len(y):
@@ -94,10 +94,10 @@ class Records:
                 f"{name}: {len(columns)} feature_names do not fit features of shape (n, "
                 f"{', '.join(map(str, x.shape[1:]))}). Fix: give one name per column."
             )
-        _check_finite(f"{name}: features", x, columns)
-        _check_finite(f"{name}: targets", y, ())
+        check_finite(f"{name}: features", x, columns)
+        check_finite(f"{name}: targets", y, ())
         if classes is not None:
-            _check_classes(name, y, classes)
+            check_classes(name, y, classes)
         owner_names, owner_codes = ((), None) if owners is None else _owner_codes(name, owners, len(x))
         declared = None if classes is None else tuple(classes)
         return cls(x, y, name, columns, declared, owner_names, owner_codes)
@@ -316,7 +316,12 @@ def _dense(what: str, values: Values) -> Tensor:
             raise InputError(f"{what} must be numbers, not {array.dtype}. Fix: encode them first.")
 
 
-def _as_features(what: str, tensor: Tensor) -> Tensor:
+def as_features(what: str, tensor: Tensor) -> Tensor:
+    """Return features (n, ...) as float32, or int64 where they are whole numbers; `what` begins the message.
+
+    Raises:
+        InputError: They look like images of whole numbers that nobody has scaled.
+    """
     if tensor.dtype == torch.uint8 and tensor.ndim > 2:
         raise InputError(
             f"{what} look like images of whole numbers. Fix: scale them by their declared range, "
@@ -326,14 +331,24 @@ def _as_features(what: str, tensor: Tensor) -> Tensor:
     return tensor.to(torch.int64 if whole else torch.float32)
 
 
-def _as_targets(what: str, tensor: Tensor) -> Tensor:
+def as_targets(what: str, tensor: Tensor) -> Tensor:
+    """Return targets (n,) as int64, or float32 where they are floating; `what` begins the message.
+
+    Raises:
+        InputError: They have another shape.
+    """
     if tensor.ndim != 1:
         shape = tuple(tensor.shape)
         raise InputError(f"{what} must have shape (n,), not {shape}. Fix: flatten or squeeze them.")
     return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
 
 
-def _check_finite(what: str, values: Tensor, columns: tuple[str, ...]) -> None:
+def check_finite(what: str, values: Tensor, columns: tuple[str, ...]) -> None:
+    """Refuse NaN and infinity in values (n, ...); `columns` may name those of (n, features).
+
+    Raises:
+        InputError: A value is not finite; the message gives the place and value of the first.
+    """
     bad = ~values.isfinite()
     if bad.any():
         place = np.unravel_index(int(bad.flatten().to(torch.uint8).argmax()), tuple(bad.shape))
@@ -345,7 +360,12 @@ def _check_finite(what: str, values: Tensor, columns: tuple[str, ...]) -> None:
         )
 
 
-def _check_classes(name: str, targets: Tensor, classes: Sequence[str]) -> None:
+def check_classes(name: str, targets: Tensor, classes: Sequence[str]) -> None:
+    """Refuse targets (n,) that do not number the declared classes.
+
+    Raises:
+        InputError: The targets are floating, or one is not among 0 .. len(classes) - 1.
+    """
     if targets.is_floating_point():
         raise InputError(f"{name}: classes are declared but targets are floating. Fix: pass whole numbers.")
     bad = (targets < 0) | (targets >= len(classes))

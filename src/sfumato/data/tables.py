@@ -112,7 +112,7 @@ def read_parquet(paths: TablePaths, schema: Schema | Mapping[str, object]) -> En
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """One file as it was read, with the line (or row) number of each record."""
 
     file: str
@@ -129,7 +129,7 @@ class _Text:
             raise InputError(f'{self.file}, row {self.lines[row]}, column "{name}": {shown!r} {told}')
 
 
-def _read(paths: TablePaths, schema: Schema, parse: Callable[[str], _Text]) -> EncodedTable:
+def _read(paths: TablePaths, schema: Schema, parse: Callable[[str], Text]) -> EncodedTable:
     by_owner = tuple(paths) if isinstance(paths, Mapping) else None
     if isinstance(paths, str | Path):
         listed = [Path(paths)]
@@ -145,7 +145,7 @@ def _read(paths: TablePaths, schema: Schema, parse: Callable[[str], _Text]) -> E
     twice = {str(path) for path in listed if listed.count(path) > 1}
     if twice:
         raise InputError(f"{min(twice)} is listed twice, so each record would count twice. Fix: list it once.")
-    parts = [_encode(parse(str(path)), schema) for path in listed]
+    parts = [encode(parse(str(path)), schema) for path in listed]
     owners: tuple[tuple[str, ...], _Ints] | None = None
     if by_owner is not None:
         lengths = [len(part.targets) for part in parts]
@@ -159,7 +159,7 @@ def _read(paths: TablePaths, schema: Schema, parse: Callable[[str], _Text]) -> E
     )
 
 
-def _parse_csv(file: str, layout: TableFormat) -> _Text:
+def _parse_csv(file: str, layout: TableFormat) -> Text:
     # The standard reader, because polars pads short rows with nulls and cannot tell the line of a row.
     try:
         with open(file, "rb") as raw:
@@ -176,7 +176,7 @@ def _parse_csv(file: str, layout: TableFormat) -> _Text:
         raise _unreadable(file, error) from None
 
 
-def _rows_to_text(file: str, stream: Iterator[str], layout: TableFormat) -> _Text:
+def _rows_to_text(file: str, stream: Iterator[str], layout: TableFormat) -> Text:
     skipped = sum(1 for _ in islice(stream, layout.skip_lines))
     rows = _numbered_rows(file, stream, layout.separator, skipped)
     if layout.column_names is None:
@@ -205,7 +205,7 @@ def _rows_to_text(file: str, stream: Iterator[str], layout: TableFormat) -> _Tex
         frames.append(pl.DataFrame([row for _, row in chunk], schema=dict.fromkeys(names, pl.String), orient="row"))
     if not frames:
         raise InputError(f"{file} has no rows. Fix: give a file with at least one row of values.")
-    return _Text(file, pl.concat(frames), np.array(lines, dtype=np.int64))
+    return Text(file, pl.concat(frames), np.array(lines, dtype=np.int64))
 
 
 def _numbered_rows(file: str, stream: Iterator[str], separator: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
@@ -225,7 +225,7 @@ def _numbered_rows(file: str, stream: Iterator[str], separator: str, skipped: in
             yield line, row
 
 
-def _parse_parquet(file: str) -> _Text:
+def _parse_parquet(file: str) -> Text:
     try:
         with open(file, "rb") as stream:
             frame = pl.read_parquet(stream)
@@ -235,7 +235,7 @@ def _parse_parquet(file: str) -> _Text:
         raise InputError(f"{file} is not a readable Parquet file. Fix: write it again, or use from_csv.") from None
     if frame.height == 0:
         raise InputError(f"{file} has no rows. Fix: give a file with at least one row of values.")
-    return _Text(file, frame, np.arange(1, frame.height + 1))
+    return Text(file, frame, np.arange(1, frame.height + 1))
 
 
 def _unreadable(file: str, error: OSError) -> InputError:
@@ -244,8 +244,13 @@ def _unreadable(file: str, error: OSError) -> InputError:
     return InputError(f"{file} cannot be read ({error.strerror}). Fix: give the path of a readable file.")
 
 
-def _encode(table: _Text, schema: Schema) -> EncodedTable:
-    table = _declared_text(table, schema)
+def encode(table: Text, schema: Schema) -> EncodedTable:
+    """Return the table as arrays, by its declared columns.
+
+    Raises:
+        InputError: A column or value is not what the schema declares.
+    """
+    table = declared_text(table, schema)
     features: list[npt.NDArray[np.float32]] = []
     owners = None
     for name, column in schema.columns.items():
@@ -255,14 +260,18 @@ def _encode(table: _Text, schema: Schema) -> EncodedTable:
         elif isinstance(column, Category):
             features.append(_one_hot(table, name, column, absent))
         elif isinstance(column, Owner):
-            codes = _codes(table, name, column, absent)
-            table.refuse(codes == _MISSING, name, "is a missing owner. Fix: say who holds the record.")
-            owners = (column.values, codes)
+            indices = codes(table, name, column, absent)
+            table.refuse(indices == _MISSING, name, "is a missing owner. Fix: say who holds the record.")
+            owners = (column.values, indices)
     return EncodedTable(np.concatenate(features, axis=1), _targets(table, schema), owners)
 
 
-def _declared_text(table: _Text, schema: Schema) -> _Text:
-    """Return the columns that the schema reads, as stripped text in which a null is the empty text."""
+def declared_text(table: Text, schema: Schema) -> Text:
+    """Return the columns that the schema reads, as stripped text in which a null is the empty text.
+
+    Raises:
+        InputError: A column is missing, is not declared, or holds neither text nor numbers.
+    """
     names = table.frame.columns
     for name in schema.columns:
         if name not in names and not isinstance(schema.columns[name], Ignore):
@@ -287,7 +296,7 @@ def _declared_text(table: _Text, schema: Schema) -> _Text:
                     "Fix: write one value per row, or ignore the column."
                 )
             columns[name] = raw.cast(pl.String).str.strip_chars().fill_null("")
-    return _Text(table.file, pl.DataFrame(columns), table.lines)
+    return Text(table.file, pl.DataFrame(columns), table.lines)
 
 
 def _right_separator(names: Sequence[str]) -> str:
@@ -296,7 +305,7 @@ def _right_separator(names: Sequence[str]) -> str:
     return f"The header is a single column. Fix: set separator = {json.dumps(found[0])}." if found else ""
 
 
-def _scaled(table: _Text, name: str, column: Numeric, absent: Sequence[str]) -> npt.NDArray[np.float32]:
+def _scaled(table: Text, name: str, column: Numeric, absent: Sequence[str]) -> npt.NDArray[np.float32]:
     values, missing = _numbers(table, name, absent)
     _check_missing(table, name, column, missing)
     if not column.clamp:
@@ -313,21 +322,21 @@ def _scaled(table: _Text, name: str, column: Numeric, absent: Sequence[str]) -> 
     return _with_indicator(scaled[:, None], missing, column)
 
 
-def _one_hot(table: _Text, name: str, column: Category, absent: Sequence[str]) -> npt.NDArray[np.float32]:
-    codes = _codes(table, name, column, absent)
-    missing = codes == _MISSING
+def _one_hot(table: Text, name: str, column: Category, absent: Sequence[str]) -> npt.NDArray[np.float32]:
+    indices = codes(table, name, column, absent)
+    missing = indices == _MISSING
     _check_missing(table, name, column, missing)
-    return _with_indicator(codes[:, None] == np.arange(len(column.values)), missing, column)
+    return _with_indicator(indices[:, None] == np.arange(len(column.values)), missing, column)
 
 
-def _targets(table: _Text, schema: Schema) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
+def _targets(table: Text, schema: Schema) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
     name, column = schema.target
     absent = schema.missing_texts(name)
     told = "is a missing target. Fix: leave the record out, or fill it in."
     if column.values is not None:
-        codes = _codes(table, name, column, absent)
-        table.refuse(codes == _MISSING, name, told)
-        return codes
+        indices = codes(table, name, column, absent)
+        table.refuse(indices == _MISSING, name, told)
+        return indices
     values, missing = _numbers(table, name, absent)
     table.refuse(missing, name, told)
     if column.positive_above is not None:
@@ -341,7 +350,7 @@ def _targets(table: _Text, schema: Schema) -> npt.NDArray[np.int64] | npt.NDArra
     return values.astype(np.float32)
 
 
-def _numbers(table: _Text, name: str, absent: Sequence[str]) -> tuple[_Floats, _Mask]:
+def _numbers(table: Text, name: str, absent: Sequence[str]) -> tuple[_Floats, _Mask]:
     """Return the column as finite numbers, and where it is missing (there the number means nothing)."""
     text = table.frame[name]
     parsed = text.cast(pl.Float64, strict=False)
@@ -358,13 +367,17 @@ def _numbers(table: _Text, name: str, absent: Sequence[str]) -> tuple[_Floats, _
     return np.where(missing, 0.0, values), missing
 
 
-def _codes(table: _Text, name: str, column: Category | Target | Owner, absent: Sequence[str]) -> _Ints:
-    """Return the index of each label among the declared ones, or _MISSING; refuse an unknown label."""
+def codes(table: Text, name: str, column: Category | Target | Owner, absent: Sequence[str]) -> _Ints:
+    """Return the (n,) int64 index of each label among the declared ones, or a negative one where it is missing.
+
+    Raises:
+        InputError: A label is neither declared nor among `absent`, the texts of a missing value.
+    """
     labels = [*(column.values or ())]
     known = label_codes(labels, column.aliases) | {canonical(text): _MISSING for text in absent}
     found = table.frame[name].unique()
-    codes = [known.get(canonical(text), _UNKNOWN) for text in found]
-    encoded = table.frame[name].replace_strict(found, codes, return_dtype=pl.Int64).to_numpy()
+    indices = [known.get(canonical(text), _UNKNOWN) for text in found]
+    encoded = table.frame[name].replace_strict(found, indices, return_dtype=pl.Int64).to_numpy()
     table.refuse(
         encoded == _UNKNOWN,
         name,
@@ -376,7 +389,7 @@ def _codes(table: _Text, name: str, column: Category | Target | Owner, absent: S
     return encoded
 
 
-def _check_missing(table: _Text, name: str, column: Numeric | Category, missing: _Mask) -> None:
+def _check_missing(table: Text, name: str, column: Numeric | Category, missing: _Mask) -> None:
     if column.missing == "refuse":
         fix = 'Fix: fill it in, leave the record out, or set missing = "indicator".'
         table.refuse(missing, name, f"is a missing value. {fix}")

@@ -165,7 +165,7 @@ def clip_vectors(vectors: Tensors, clipping: Clipping, weights: Tensor | None = 
         clipping: How each is clipped.
         weights: By which a clipped vector is multiplied, in [0, 1], shape (units,), float64; None for 1.
     """
-    rows = {name: tensor.detach().flatten(1) for name, tensor in vectors.items()}
+    rows = {name: tensor.detach().unsqueeze(-1).flatten(1) for name, tensor in vectors.items()}
     squared = {
         name: torch.stack([piece.to(torch.float64).square().sum(1) for piece in _pieces(tensor)]).sum(0)
         for name, tensor in rows.items()
@@ -186,7 +186,7 @@ def weighted_sum(vectors: Tensor, weights: Tensor, broken: Tensor | None = None)
         weights: Shape (units,), float64.
         broken: The units that are left out whatever they hold, shape (units,), bool.
     """
-    rows = vectors.detach().flatten(1)
+    rows = vectors.detach().unsqueeze(-1).flatten(1)
     if broken is not None and bool(broken.any()):
         rows, weights = rows[~broken], weights[~broken]
     total = spare.take(vectors.shape[1:], torch.float64, rows.device)

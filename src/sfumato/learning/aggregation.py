@@ -63,6 +63,10 @@ class Aggregation(ABC):
     def void(self) -> None:  # noqa: B027 (most kinds remember nothing)
         """Take note that a round was void: nothing of it was or will be released."""
 
+    def bound(self, zero: Bounded, noise_multiplier: float) -> Bounded:
+        """Return a zero with the bound that each release is noised for: that of `zero`, or more."""
+        return zero
+
     def summed(self, parts: Mapping[str, Bounded], *, zero: Bounded, noise: Noise) -> Mapping[str, Bounded]:
         """Return what the next `combine` of the same arguments adds its noise to; private, for the self-check."""
         return parts

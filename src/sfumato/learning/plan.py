@@ -159,7 +159,8 @@ class Plan:
                 'separation and participations belong to "min-separation" sampling, where separation has to be given.'
             )
         if separation is not None:
-            most = participations or math.ceil(count / _checks.count("separation", separation))
+            room = math.ceil(count / _checks.count("separation", separation))
+            most = room if participations is None else participations
             sampler: Sampler = MinSeparation(batch_size, population, separation, most).scheduled(rates, count)
         else:
             sampler = _sampler(sampling, population, batch_size, max_batch).scheduled(rates, count)

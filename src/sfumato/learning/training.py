@@ -312,7 +312,8 @@ class Training(Iterator[Step]):
             raise LedgerError(
                 f"Another process is going on with run {self._charge.run}; this one stopped and what it drew was discarded."
             )
-        check_scale(released, parts, noise_std(zero, terms.noise_multiplier, self.plan.budget.relation))
+        wide = self._procedure.aggregation.bound(zero, terms.noise_multiplier)
+        check_scale(released, parts, noise_std(wide, terms.noise_multiplier, self.plan.budget.relation))
         if released and not self._checked:
             check_noised(shapes, summed, released, zero)
             self._checked = True
