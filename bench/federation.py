@@ -22,13 +22,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Engine(Worker):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment,
         )  # fmt: skip
         self.times: list[float] = []
+        self.usual = math.inf
         self.peak: float | None = None
         try:
             begun = self._answer()
@@ -89,12 +91,12 @@ class Engine(Worker):
         loss: float = self._ask("loss")["loss"]
         return loss
 
-    def turn(self, usual: float) -> None:
-        """Take the rounds of one turn, where a round usually takes so many seconds."""
+    def turn(self) -> None:
+        """Take the rounds of one turn."""
         # The first round of a turn finds the caches full of another process's data.
-        self.times += self.take(1 + max(2, min(10, int(SECONDS / usual))))[1:]
+        self.times += self.take(1 + max(2, min(10, int(SECONDS / self.usual))))[1:]
 
-    def watch(self, rounds: int) -> None:
+    def watch(self) -> None:
         """Take rounds, and keep the most memory that the processes hold meanwhile."""
         over = threading.Event()
         seen: list[float] = []
@@ -108,7 +110,7 @@ class Engine(Worker):
         looking = threading.Thread(target=look)
         looking.start()
         try:
-            self.take(rounds)
+            self.take(max(2, min(50, int(SECONDS / self.usual))))
         finally:
             over.set()
             looking.join()
@@ -190,7 +192,7 @@ def started(
         try:
             engine = Engine(name, task, folder)
             stack.callback(engine.close)
-            engine.take(WARM_UP)
+            engine.usual = min(engine.take(WARM_UP))
             engines[name] = engine
         except StepError as error:
             errors[name] = str(error)
@@ -199,19 +201,13 @@ def started(
 
 def in_turns(engines: dict[str, Engine], turns: int, errors: dict[str, str]) -> None:
     """Time the engines in turns, then look at their memory; one that fails is taken out."""
-    usual = {name: min(engine.take(2)) for name, engine in engines.items()}
-
-    def each(what: Callable[[str, Engine], None]) -> None:
+    for what in (*[Engine.turn] * turns, Engine.watch):
         for name, engine in list(engines.items()):
             try:
-                what(name, engine)
+                what(engine)
             except StepError as error:
                 errors[name] = str(error)
                 del engines[name]
-
-    for _ in range(turns):
-        each(lambda name, engine: engine.turn(usual[name]))
-    each(lambda name, engine: engine.watch(max(2, min(50, int(SECONDS / usual[name])))))
 
 
 def compare(task: str, names: list[str], turns: int, broken: dict[str, str]) -> tuple[list[Row], dict[str, Any]]:

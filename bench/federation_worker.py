@@ -74,7 +74,7 @@ def sfumato(task: Task, folder: Path, serve: Serve) -> None:
     clients = (
         sf.Population.from_factory(task.clients, make)
         if task.lazy
-        else sf.Population.from_arrays(features, targets, offsets)
+        else sf.Population.of({f"client-{index}": make(index) for index in range(task.clients)})
     )
     plan = sf.Plan.calibrate(
         sf.Budget(math.inf, unit="client"), population=task.clients, batch_size=task.cohort, steps=ROUNDS,
@@ -208,7 +208,7 @@ ENGINES: dict[str, Callable[[Task, Path, Serve], None]] = {
     "flower": flower,
 }
 # Imported before the clock of the first round starts.
-IMPORTS = {"sfumato": "sfumato", "pfl": "pfl.model.pytorch", "pfl-2": "pfl.model.pytorch", "flower": "ray"}
+IMPORTS = {"sfumato": "sfumato.learning.api", "pfl": "pfl.model.pytorch", "pfl-2": "pfl.model.pytorch", "flower": "ray"}
 
 
 def _requests() -> Iterator[str]:

@@ -6,7 +6,6 @@ Fresh memory costs a page fault for every few thousand bytes, which takes longer
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -15,11 +14,12 @@ from torch import Tensor
 
 _Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
 _MOST = 2  # tensors of one kind that are held for a thread
+_KINDS = 24  # that are held; of more, the one that was not asked for longest goes, so that memory stays flat
 
 
 class _Shelf(threading.local):
     def __init__(self) -> None:
-        self.held: defaultdict[_Kind, list[Tensor]] = defaultdict(list)
+        self.held: dict[_Kind, list[Tensor]] = {}
 
 
 _shelf = _Shelf()
@@ -27,19 +27,21 @@ _shelf = _Shelf()
 
 def take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a contiguous tensor that holds anything."""
-    spare = _shelf.held.get((tuple(shape), dtype, device))
-    return spare.pop() if spare else torch.empty(tuple(shape), dtype=dtype, device=device)
+    kind = (tuple(shape), dtype, device)
+    spare = _shelf.held.pop(kind, None)
+    if not spare:
+        return torch.empty(kind[0], dtype=dtype, device=device)
+    if len(spare) > 1:
+        _shelf.held[kind] = spare[:-1]
+    return spare[-1]
 
 
 def give(tensor: Tensor) -> None:
     """Hand in a tensor of one's own that nobody will look at again."""
     if not tensor.is_contiguous() or tensor._base is not None or tensor.requires_grad:
         return
-    spare = _shelf.held[tuple(tensor.shape), tensor.dtype, tensor.device]
-    if len(spare) < _MOST:
-        spare.append(tensor)
-
-
-def clear() -> None:
-    """Give this thread's memory back."""
-    _shelf.held.clear()
+    kind = (tuple(tensor.shape), tensor.dtype, tensor.device)
+    held = _shelf.held.pop(kind, [])
+    _shelf.held[kind] = [*held, tensor][:_MOST]
+    while len(_shelf.held) > _KINDS:
+        del _shelf.held[next(iter(_shelf.held))]

@@ -222,14 +222,24 @@ class _Data:
         here = [len(records), length]
         self._features = spare.take([*here, *first.features.shape[1:]], first.features.dtype, device)
         self._targets = spare.take([*here, *first.targets.shape[1:]], first.targets.dtype, device)
+        if self._sorted:
+            self._in_order(records, batches.index.flatten(1))
+            return
         for row, one in enumerate(records):
-            if self._sorted:
-                index = batches.index[row].flatten()
-                _select(one.features, index, self._features[row])
-                _select(one.targets, index, self._targets[row])
+            self._features[row, : len(one)] = one.features
+            self._targets[row, : len(one)] = one.targets
+
+    def _in_order(self, records: Sequence[Records], index: Tensor) -> None:
+        """Copy the clients' records at `index`, (clients, places)."""
+        for one, rows, out in zip(records, index.unbind(), self._features.unbind(), strict=True):
+            if one.features.device == out.device:
+                torch.index_select(one.features, 0, rows.to(out.device), out=out)
             else:
-                self._features[row, : len(one)] = one.features
-                self._targets[row, : len(one)] = one.targets
+                out.copy_(one.features.index_select(0, rows.to(one.features.device)))
+        ends = torch.tensor([one.targets.shape[0] for one in records]).cumsum(0)
+        places = index + torch.cat([ends.new_zeros(1), ends[:-1]]).unsqueeze(1)
+        every = torch.cat([one.targets for one in records])
+        self._targets.copy_(every.index_select(0, places.flatten().to(every.device)).view(self._targets.shape))
 
     def done(self) -> None:
         """Hand the memory in for the next clients."""
@@ -313,13 +323,6 @@ class _Forward:
         else:
             losses = vmap(functools.partial(_mean_of_first, self._loss))(outputs, targets, count)
         return losses.sum()
-
-
-def _select(values: Tensor, index: Tensor, out: Tensor) -> None:
-    if values.device == out.device:
-        torch.index_select(values, 0, index.to(out.device), out=out)
-    else:
-        out.copy_(values.index_select(0, index.to(values.device)))
 
 
 def _is_cross_entropy(loss: Loss, outputs: Any, targets: Tensor) -> bool:
