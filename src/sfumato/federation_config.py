@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final, Literal, Self, final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from torch.optim import SGD
 
 from sfumato import _checks
@@ -135,7 +135,14 @@ class FederatedTraining(Section):
     pull: Positive | None = None
     personal_layers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     effective_steps: Positive | None = None
-    weighting: Literal["uniform", "records"] | UpToSection | None = None
+    # Told apart by what was written, so that a refusal speaks of that alone.
+    weighting: (
+        Annotated[
+            Annotated[Literal["uniform", "records"], Tag("word")] | Annotated[UpToSection, Tag("table")],
+            Discriminator(lambda value: "table" if isinstance(value, (dict, UpToSection)) else "word"),
+        ]
+        | None
+    ) = None
     quorum: CountOrZero | None = None
     workers: Count | None = None
 

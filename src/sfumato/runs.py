@@ -289,8 +289,8 @@ def _cohort(chosen: Plan, clients: Population) -> str:
     """Say how many clients a round expects; never how many were drawn, which a private run must not tell."""
     count, expected = len(clients), round(chosen.expected_batch)
     if chosen.budget.unit is Unit.RECORD or expected == count:
-        return f"{count:,} clients, "
-    return f"about {expected:,} of {count:,} clients, "
+        return f"{count:,} clients"
+    return f"about {expected:,} of {count:,} clients"
 
 
 @contextlib.contextmanager
@@ -314,8 +314,8 @@ def _progress(
                 words = f"epsilon {bound(step.epsilon)} spent, {floor(step.remaining)} left"
             if shown and look is not None and step.index % every == 0:
                 said = " (not covered by the budget)" if chosen.is_private else ""
-                seen = f", test accuracy {look():.1%}{said}"
-            progress.update(task, completed=step.index, description=cohort + words + seen)
+                seen = f"test accuracy {look():.1%}{said}"
+            progress.update(task, completed=step.index, description=", ".join(filter(None, (cohort, words, seen))))
 
         yield on_step
 

@@ -5,7 +5,9 @@ Every case also runs alone, for comparison. What it returns, or the error it end
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
 import math
 import os
 import signal
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 import sfumato as sf
 from sfumato.errors import SfumatoError
-from sfumato.learning import central, distributed
+from sfumato.learning import central, client_rounds, distributed, distributed_rounds
 from sfumato.privacy.randomness import RandomSource
 
 Result = dict[str, Any]
@@ -39,9 +41,12 @@ def poisson_plan() -> sf.Plan:
 def trained(plan: sf.Plan, records: sf.Records, model: nn.Module, *, lr: float = 0.5, **more: Any) -> Result:
     more.setdefault("optimizer", sgd(model, lr))
     more.setdefault("loss", LOSS)
-    result = sf.train(model, records, plan, source=sf.SeededSource(7), **more)
+    return told(sf.train(model, records, plan, source=sf.SeededSource(7), **more))
+
+
+def told(result: sf.TrainingResult) -> Result:
     return {
-        "model": flat(model),
+        "model": flat(result.model),
         "epsilons": [step.epsilon for step in result.steps],
         "statement": str(result.privacy),
         "nonfinite": result.nonfinite,
@@ -297,7 +302,7 @@ def checkpoint(folder: Path) -> Result:
 
 def federation(folder: Path) -> Result:
     records = toy_records().by_owner()
-    algorithm = sf.FedSGD(optimizer=sgd)
+    algorithm = sf.FedSGD(optimizer=LOCAL)
     return {
         "error": attempt(
             lambda: sf.federate(
@@ -305,6 +310,258 @@ def federation(folder: Path) -> Result:
             )
         )
     }
+
+
+LOCAL = functools.partial(torch.optim.SGD, lr=0.3)
+
+
+def cohorts(steps: int = 5, **more: Any) -> sf.Plan:
+    """Return a plan of rounds with 4 of 12 clients."""
+    more.setdefault("sampling", "poisson")
+    return toy_plan(4.0, 12, 4, steps, unit="client", **more)
+
+
+def plain_cohorts(steps: int = 5) -> sf.Plan:
+    return sf.Plan.without_privacy(population=12, batch_size=3, steps=steps, unit="client")
+
+
+def started(plan: sf.Plan, algorithm: Any = None, model: nn.Module | None = None, **more: Any) -> Any:
+    """Return the rounds of 12 clients, who hold 5 to 13 records."""
+    records = toy_records(100, owners=12)
+    more.setdefault("engine", sf.Simulation())
+    more.setdefault("loss", LOSS)
+    more.setdefault("source", sf.SeededSource(7))
+    return sf.rounds(
+        model or toy_model(), more.pop("clients", records.by_owner()), plan,
+        algorithm=algorithm or sf.FedAvg(LOCAL, local_steps=3, batch_size=2), **more,
+    )  # fmt: skip
+
+
+def opened_for_clients(folder: Path, name: str) -> sf.Ledger | None:
+    """Return a ledger on disk for rank 0, and none for the others, who need none."""
+    if rank() != 0:
+        return None
+    ledger = sf.Ledger(folder / f"{name}.sqlite")
+    if not ledger.has_grant("federation"):
+        ledger.grant("federation", sf.Budget(10.0, 1e-2, unit="client"))
+    return ledger
+
+
+def federated(*given: Any, **more: Any) -> Result:
+    training = started(*given, **more)
+    for _ in training:
+        pass
+    result = training.result()
+    return {**told(result), "refused": result.refused, "void": result.void, "stopped": result.stopped}
+
+
+def rounds_private(folder: Path) -> Result:
+    # The ranks begin with other weights; those of rank 0 count.
+    return federated(cohorts(), model=toy_model(seed=rank()))
+
+
+def rounds_nearly_empty(folder: Path) -> Result:
+    return federated(toy_plan(4.0, 12, 1, 8, unit="client"), sf.FedSGD(LOCAL))
+
+
+def rounds_adaptive(folder: Path) -> Result:
+    algorithm = sf.FedAdam(LOCAL, local_epochs=2, batch_size=3)
+    return federated(cohorts(clip=0.5, clips=sf.AdaptiveClip()), algorithm, weighting=sf.UpTo(6, expected=0.9))
+
+
+def rounds_scaffold(folder: Path) -> Result:
+    return federated(cohorts(8), sf.Scaffold(LOCAL, local_steps=2))
+
+
+def rounds_correlated(folder: Path) -> Result:
+    plan = sf.Plan.calibrate(
+        sf.Budget(20.0, 1e-3, unit="client"),
+        population=12,
+        batch_size=3,
+        steps=6,
+        sampling="min-separation",
+        separation=3,
+    )
+
+    def come(step: int) -> Tensor:
+        assert rank() == 0
+        return torch.arange(12)[torch.arange(12) % 3 == step % 3]
+
+    return federated(plan, noise=sf.CorrelatedNoise(3), available=come)
+
+
+def rounds_plain(folder: Path) -> Result:
+    return federated(plain_cohorts(8), sf.FedYogi(LOCAL, local_epochs=1, batch_size=4))
+
+
+def rounds_nova(folder: Path) -> Result:
+    return federated(plain_cohorts(), sf.FedNova(LOCAL, local_epochs=2, batch_size=4))
+
+
+def rounds_random_layers(folder: Path) -> Result:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    # Whole batches: the statistics of two records would magnify the last digit of a weight.
+    found = federated(plain_cohorts(3), sf.FedAvg(LOCAL, local_steps=2), model)
+    return {**found, "buffers": [model[2].running_mean, model[2].running_var]}
+
+
+def personal(algorithm: Any) -> Result:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    training = started(plain_cohorts(6), algorithm, model)
+    names = [f"site-{number}" for number in range(12)]
+    next(training)
+    early = [attempt(lambda name=name: training.personal_model(name)) for name in names]  # type: ignore[misc]
+    for _ in training:
+        pass
+    result = training.result()
+    models = torch.stack([flat(result.personal_model(name)) for name in names])
+    return {**told(result), "personal": models, "early": early}
+
+
+def rounds_ditto(folder: Path) -> Result:
+    return personal(sf.Ditto(LOCAL, local_steps=2))
+
+
+def rounds_personal_layers(folder: Path) -> Result:
+    return personal(sf.FedPer(LOCAL, ("1",), local_steps=2))
+
+
+def rounds_void(folder: Path) -> Result:
+    """Nobody answers in round 2, and too few in round 4: what the clients of that round keep is forgotten everywhere."""
+
+    def lost(step: int, name: str) -> bool:
+        return step == 1 or (step == 3 and name not in ("site-2", "site-5"))
+
+    engine, algorithm = sf.Simulation(drop_out=lost), sf.Scaffold(LOCAL)
+    plan = toy_plan(8.0, 12, 12, 6, unit="client")
+    private = federated(plan, algorithm, engine=engine, quorum=7, ledger=opened_for_clients(folder, "void"))
+    every = sf.Plan.without_privacy(population=12, batch_size=12, steps=6, unit="client")
+    plain = federated(every, algorithm, engine=engine, quorum=7)
+    return {**private, "plain": plain}
+
+
+def rounds_nan(folder: Path) -> Result:
+    """The updates of two clients, one on each of two ranks, are not finite."""
+    clients = dict(toy_records(100, owners=12).by_owner())
+    for name in ("site-3", "site-8"):
+        clients[name] = dataclasses.replace(clients[name], features=clients[name].features * 1e38)
+    everybody = sf.Plan.without_privacy(population=12, batch_size=12, steps=3, unit="client")
+    private = federated(toy_plan(8.0, 12, 12, 3, unit="client"), clients=clients)
+    return {**private, "plain": federated(everybody, clients=clients)}
+
+
+def rounds_refused(folder: Path) -> Result:
+    ledger = opened_for_clients(folder, "refused")
+    clients = toy_records(owners=12).by_owner()
+    shared = {"ledger": ledger, "clients": clients}
+    saved = {"checkpoint": sf.Checkpoint(folder / "refused.pt")}
+    everybody = toy_plan(4.0, 12, 12, 2, unit="client")
+    counts = dict.fromkeys(clients, 5)
+    return {
+        "record sums": attempt(lambda: started(toy_plan(), sf.FedSGD(LOCAL), **shared)),
+        "record steps": attempt(lambda: started(toy_plan(), sf.FedAvg(LOCAL), populations=counts, **shared)),
+        "SharedNoise": attempt(lambda: started(everybody, noise=sf.SharedNoise(), **shared)),
+        "LocalNoise": attempt(lambda: started(everybody, noise=sf.LocalNoise(), **shared)),
+        "kept": attempt(lambda: started(everybody, sf.Ditto(LOCAL), **shared, **saved)),
+        "clients": attempt(
+            lambda: started(everybody, ledger=ledger, clients=toy_records(seed=rank(), owners=12).by_owner())
+        ),
+        "algorithm": attempt(lambda: started(everybody, sf.FedProx(LOCAL, mu=1.0 + rank()), **shared)),
+        "quorum": attempt(lambda: started(everybody, quorum=1 + rank(), **shared)),
+        "one rank": attempt(
+            lambda: started(everybody, sf.FedAvg(LOCAL if rank() == 0 else torch.optim.LBFGS), **shared)
+        ),
+    }
+
+
+def rounds_too_many(folder: Path) -> Result:
+    honest = distributed_rounds.MAX_UNITS
+    distributed_rounds.MAX_UNITS = 11
+    try:
+        return {"error": attempt(lambda: next(started(toy_plan(4.0, 12, 12, 2, unit="client"))))}
+    finally:
+        distributed_rounds.MAX_UNITS = honest
+
+
+def rounds_failure(folder: Path) -> Result:
+    """A client of rank 1 fails in round 3; nobody is to be trained twice, and all go on together."""
+    armed = False
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if rank() == 1 and armed:
+            raise ValueError("a record's secret")
+        return LOSS(outputs, targets)
+
+    training = started(toy_plan(8.0, 12, 12, 6, unit="client"), sf.Scaffold(LOCAL), loss=loss)
+    found: Result = {"indices": [next(training).index for _ in range(2)]}
+    armed = True
+    found["error"] = attempt(lambda: next(training))
+    armed = False
+    found["indices"] += [step.index for step in training]
+    return {**found, "model": flat(training.model)}
+
+
+def rounds_noise_ratios() -> list[float]:
+    """Return each round's noise over what the plan says, in a model that no client has an update for."""
+    model = nn.Linear(4, 1000)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    plan = cohorts(8)
+    one = functools.partial(torch.optim.SGD, lr=1.0)
+    training = started(
+        plan, sf.FedSGD(one), model, loss=lambda outputs, targets: outputs.sum() * 0, source=sf.SecureSource()
+    )
+    ratios, before = [], flat(model)
+    for _ in training:
+        after = flat(model)
+        ratios.append(float((after - before).square().mean().sqrt()) * plan.expected_batch / plan.noise_multiplier)
+        before = after
+    return ratios
+
+
+def rounds_noise(folder: Path) -> Result:
+    found: Result = {"honest": rounds_noise_ratios()}
+    honest = client_rounds.ClientRounds.use
+    for factor in (2 / 3, 3 / 2):
+        client_rounds.ClientRounds.use = lambda self, mean, share, factor=factor: honest(  # type: ignore[method-assign,misc]
+            self, {name: tensor * factor for name, tensor in mean.items()}, share
+        )
+        try:
+            found[f"{factor:.2f}"] = rounds_noise_ratios()
+        finally:
+            client_rounds.ClientRounds.use = honest  # type: ignore[method-assign]
+    return found
+
+
+def rounds_saved(folder: Path, model: nn.Module, *, resume: bool) -> Any:
+    return started(
+        cohorts(8), sf.FedAvgM(LOCAL), model, ledger=opened_for_clients(folder, "saved"),
+        source=sf.SecureSource(), checkpoint=sf.Checkpoint(folder / "rounds.pt", every=2, resume=resume),
+    )  # fmt: skip
+
+
+def rounds_checkpoint(folder: Path) -> Result:
+    model = toy_model()
+    training = rounds_saved(folder, model, resume=False)
+    indices = [next(training).index for _ in range(3)]
+    training.pause()
+    stopped, other = flat(model), toy_model(seed=9 + rank())
+    training = rounds_saved(folder, other, resume=True)
+    resumed = flat(other)
+    indices += [next(training).index for _ in range(2)]
+    training.pause()
+    return {"indices": indices, "stopped": stopped, "resumed": resumed, "model": flat(other)}
+
+
+def rounds_killed(folder: Path) -> Result:
+    def work() -> None:
+        for step in started(cohorts(), ledger=opened_for_clients(folder, "killed rounds")):
+            if rank() == 1 and step.index == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return {"error": attempt(work)}
 
 
 def killed(folder: Path) -> Result:
@@ -324,7 +581,7 @@ def main() -> None:
     )  # fmt: skip
     for case in cases:
         torch.save(globals()[case](folder), folder / f"{case}-{rank()}.pt")
-    if "killed" not in cases:
+    if not {"killed", "rounds_killed"} & {*cases}:
         dist.destroy_process_group()
 
 

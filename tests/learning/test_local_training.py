@@ -31,7 +31,9 @@ def steps_of(batches: Batches, row: int) -> list[list[int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 25) | st.none(), st.integers(1, 3), KEYS)
-def test_in_epochs_every_record_is_used_once_an_epoch(sizes: list[int], size: int | None, epochs: int, key: int) -> None:
+def test_in_epochs_every_record_is_used_once_an_epoch(
+    sizes: list[int], size: int | None, epochs: int, key: int
+) -> None:
     training = LocalTraining(SGD, epochs=epochs, batch_size=size)
     batches = drawn(training, sizes, key)
     for row, records in enumerate(sizes):
@@ -153,7 +155,9 @@ def test_neighbouring_clients_and_epochs_have_unrelated_orders() -> None:
         (functools.partial(torch.optim.Adam, lr=0.1), None),
     ],
 )
-def test_only_plain_sgd_has_a_plain_rate(optimizer: functools.partial[torch.optim.Optimizer], rate: float | None) -> None:
+def test_only_plain_sgd_has_a_plain_rate(
+    optimizer: functools.partial[torch.optim.Optimizer], rate: float | None
+) -> None:
     assert LocalTraining(optimizer, steps=1).plain_rate == rate
     assert LocalTraining(optimizer, steps=1, proximal=0.1).plain_rate is None
 

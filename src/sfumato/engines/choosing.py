@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from sfumato.learning.groups import STACKED
+from sfumato.learning.groups import ALONE, STACKED
 
 _CACHES = (2**21, 2**22, 2**24)  # numbers that a chunk's models may have together, from small to large caches
 _MOST_STACKED = 256
@@ -101,8 +101,9 @@ class Chooser:
             self._at += 1
 
     def refuse(self, way: str) -> None:
-        """Try a way no longer."""
-        self._trials = [trial for trial in self._trials if trial.choice.way != way]
+        """Try a way no longer; one by one is what is left if it was the only one."""
+        left = [trial for trial in self._trials if trial.choice.way != way]
+        self._trials = left or [_Trial(Choice(ALONE, _ALONE, self._trials[0].choice.workers))]
 
 
 def _stacks(size: int) -> list[int]:

@@ -111,7 +111,8 @@ class Crew:
             ways = [ALONE]
         if not ways:
             raise InputError(
-                f'This model cannot run its clients "{engine.way}", because it draws random numbers; leave way out.'
+                f'This federation cannot run its clients "{engine.way}": the model draws random numbers, or the clients\' optimiser '
+                "is not known to treat each weight alone. Leave way out."
             )
         self._chooser = Chooser(ways, sorted(counts), task.size)
         self._pools: dict[int, ThreadPoolExecutor] = {}
@@ -190,7 +191,8 @@ class Crew:
             try:
                 made.append(self._task.population.at(number))
             except SfumatoError as error:
-                raise type(error)(f"Step {step + 1}, making the client's records: {error}") from error
+                name = self._task.population.name_at(number)
+                raise type(error)(f'Client "{name}", step {step + 1}, making its records: {error}') from error
         return made
 
     def _submit(self, choice: Choice, clients: Sequence[int], records: Sequence[Records], step: int) -> Future[Answer]:

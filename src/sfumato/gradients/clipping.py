@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato import _checks
-from sfumato.errors import InputError
+from sfumato.errors import InputError, SfumatoError
 from sfumato.gradients import spare
 from sfumato.privacy.bounded import Bounded, Tensors
 
@@ -164,7 +164,12 @@ def clip_vectors(vectors: Tensors, clipping: Clipping, weights: Tensor | None = 
         vectors: Named tensors of each unit, shape (units, ...).
         clipping: How each is clipped.
         weights: By which a clipped vector is multiplied, in [0, 1], shape (units,), float64; None for 1.
+
+    Raises:
+        SfumatoError: a weight is outside of [0, 1].
     """
+    if weights is not None and not bool(((weights >= 0) & (weights <= 1)).all()):
+        raise SfumatoError("A weight of a clipped vector is outside of [0, 1], so nothing would bound it.")
     rows = {name: tensor.detach().unsqueeze(-1).flatten(1) for name, tensor in vectors.items()}
     squared = {
         name: torch.stack([piece.to(torch.float64).square().sum(1) for piece in _pieces(tensor)]).sum(0)

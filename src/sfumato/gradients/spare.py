@@ -38,10 +38,12 @@ def take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tens
 
 def give(tensor: Tensor) -> None:
     """Hand in a tensor of one's own that nobody will look at again."""
-    if not tensor.is_contiguous() or tensor._base is not None or tensor.requires_grad:
+    whole = tensor if tensor._base is None or tensor._base.numel() != tensor.numel() else tensor._base
+    if not whole.is_contiguous() or whole._base is not None or whole.requires_grad:
         return
-    kind = (tuple(tensor.shape), tensor.dtype, tensor.device)
+    kind = (tuple(whole.shape), whole.dtype, whole.device)
     held = _shelf.held.pop(kind, [])
-    _shelf.held[kind] = [*held, tensor][:_MOST]
+    new = [] if any(one.data_ptr() == whole.data_ptr() for one in held) else [whole]
+    _shelf.held[kind] = [*held, *new][:_MOST]
     while len(_shelf.held) > _KINDS:
         del _shelf.held[next(iter(_shelf.held))]

@@ -14,7 +14,7 @@ from sfumato.data.records import Records
 from sfumato.errors import InputError, LostClientsError
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
-from sfumato.learning import distributed
+from sfumato.learning import distributed, distributed_rounds
 from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.augmentation import Augment
 from sfumato.learning.central import Central
@@ -61,7 +61,7 @@ def steps(
     """
     source = source or SecureSource()
     _expect("model", model, nn.Module, _MODEL)
-    with distributed.together(model) as shared:
+    with distributed.together(model) as team:
         _expect("records", records, Records, "build them with Records.from_arrays, sf.load or the like")
         _expect(
             "optimizer", optimizer, Optimizer, "make it over the model, for example SGD(model.parameters(), lr=0.1)"
@@ -70,7 +70,8 @@ def steps(
         if augment is not None:
             _expect_function("augment", augment, "pass a function from one record's features to its views")
         account = Account(dataset or records.name, ledger, purpose, by)
-        procedure = shared(Central(model, records, plan, loss, optimizer, source, compute, augment))
+        central = Central(model, records, plan, loss, optimizer, source, compute, augment)
+        procedure = central if team is None else distributed.Shared(team, central, model)
         return Training(model, plan, procedure, account, source, checkpoint)
 
 
@@ -99,6 +100,9 @@ def rounds(
 ) -> Training:  # fmt: skip
     """Return the training of one model by a federation, to be stepped through.
 
+    Under `torchrun` all processes share the one run, as for `steps`: each runs its own clients. Where one fails, or the unit is
+    the record, or clients keep something that a checkpoint would have to hold, all stop with the reason.
+
     Args:
         model: The server's model, trained in place.
         clients: Name to records, or a `Population`; each client's records are only used by that client's work.
@@ -125,25 +129,30 @@ def rounds(
     Raises:
         SfumatoError: one of its kinds, each with the fix.
     """
-    distributed.refuse("Federations")
     _expect("model", model, nn.Module, _MODEL)
-    _expect("clients", clients, Mapping, "pass a mapping of name to Records, for example records.by_owner()")
-    population = Population.of(clients)
-    _expect("algorithm", algorithm, Algorithm, "make one, for example FedSGD(partial(SGD, lr=0.1))")
-    _check_run(plan, loss, ledger, checkpoint, compute)
-    source = source or SecureSource()
-    if weighting is not None:
-        _expect("weighting", weighting, Weighting, "make one, for example UpTo(100)")
-    if stop is not None:
-        _expect("stop", stop, Stop, "make one, for example Target(score, 0.95)")
-    if available is not None:
-        _expect_function("available", available, "pass a function from a step to the numbers of the clients that came")
-    federation = Federation(
-        model, population, plan, loss, engine, source, populations, compute, weighting or BY_RECORDS,
-        _checks.count("quorum", quorum, minimum=0), available,
-    )  # fmt: skip
-    account = Account(dataset, ledger, purpose, by)
-    return Training(model, plan, algorithm.procedure(federation, noise), account, source, checkpoint, stop)
+    with distributed.together(model) as team:
+        _expect("clients", clients, Mapping, "pass a mapping of name to Records, for example records.by_owner()")
+        population = Population.of(clients)
+        _expect("algorithm", algorithm, Algorithm, "make one, for example FedSGD(partial(SGD, lr=0.1))")
+        _check_run(plan, loss, ledger, checkpoint, compute)
+        source = source or SecureSource()
+        if weighting is not None:
+            _expect("weighting", weighting, Weighting, "make one, for example UpTo(100)")
+        if stop is not None:
+            _expect("stop", stop, Stop, "make one, for example Target(score, 0.95)")
+        if available is not None:
+            _expect_function(
+                "available", available, "pass a function from a step to the numbers of the clients that came"
+            )
+        federation = Federation(
+            model, population, plan, loss, engine, source, populations, compute, weighting or BY_RECORDS,
+            _checks.count("quorum", quorum, minimum=0), available,
+        )  # fmt: skip
+        account = Account(dataset, ledger, purpose, by)
+        procedure = distributed_rounds.shared(
+            team, algorithm.procedure(federation, noise), model, saved=checkpoint is not None
+        )
+        return Training(model, plan, procedure, account, source, checkpoint, stop)
 
 
 def federate(

@@ -16,7 +16,7 @@ from sfumato.data.records import Records
 from sfumato.errors import PlanError
 from sfumato.gradients import spare
 from sfumato.gradients.clipped import ClippedSum
-from sfumato.gradients.clipping import clip_vectors, weighted_sum
+from sfumato.gradients.clipping import MAX_UNITS, clip_vectors, weighted_sum
 from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.federated import (
@@ -30,9 +30,10 @@ from sfumato.learning.federated import (
 )
 from sfumato.learning.groups import ALONE, CHANNELS_LAST, STACKED, Group, Hints, draws_numbers, running_statistics
 from sfumato.learning.procedure import Procedure, check_optimizer, optimizer_state, restore_optimizer
-from sfumato.learning.weighting import ByRecords, Uniform
+from sfumato.learning.weighting import BY_RECORDS, Uniform
 from sfumato.privacy.bounded import Bounded, Released, Tensors
 
+_FEW = 8  # records of a client that is made to compare ways
 _AGREEMENT = 1e-6  # of an update's size: far above float64's rounding, far below what a fault would do
 
 
@@ -83,7 +84,7 @@ class ClientRounds(Procedure):
         ways = [ALONE]
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             ways.insert(0, CHANNELS_LAST)
-        if not draws_numbers(model):
+        if algorithm.is_stackable and not draws_numbers(model):
             ways.insert(0, STACKED)
         self._runner = federation.engine.start(
             Task(
@@ -95,7 +96,7 @@ class ClientRounds(Procedure):
 
     def _check_private(self) -> None:
         plan = self._federation.plan
-        if isinstance(self._weighting, ByRecords):
+        if self._weighting is BY_RECORDS:  # nobody asked for it
             self._weighting = Uniform()
         if not self._weighting.is_bounded:
             raise PlanError(
@@ -113,7 +114,10 @@ class ClientRounds(Procedure):
 
     @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
-        answer = self._answer(step)
+        return self.sums(self._answer(step))
+
+    def sums(self, answer: Answer) -> dict[str, ClippedSum]:
+        """Return the bounded sums in an answer, by client where it has parts."""
         if answer.parts:
             name_at = self._federation.clients.name_at
             parts = {name_at(number): ClippedSum(part, 0) for number, part in answer.parts.items()}
@@ -125,15 +129,30 @@ class ClientRounds(Procedure):
 
     def _answer(self, step: int) -> Answer:
         """Return the answers of a cohort as one."""
-        cohort = self._cohort(step)
-        self._key = int(self._federation.source.words(1))
-        self._asked = len(cohort)
-        whole = Answer.joined(self._runner.answers(cohort, step))
-        self._answered = whole.answered
-        self.refused += whole.refused
-        if not self.is_void:
-            self._kept.update(whole.kept)
+        cohort, key = self.draw(step)
+        whole = self.ask(cohort, key, step)
+        self.note(len(cohort), whole)
         return whole
+
+    def draw(self, step: int) -> tuple[list[int], int]:
+        """Return the clients of step `step`, and the random number that decides the order of their records."""
+        cohort = self._cohort(step)
+        if self.is_private and len(cohort) > MAX_UNITS:
+            raise PlanError(f"A private round may sum at most {MAX_UNITS} clients; make the cohort smaller.")
+        return cohort, int(self._federation.source.words(1))
+
+    def ask(self, clients: Sequence[int], key: int, step: int) -> Answer:
+        """Return what these clients hand in, those that were not lost."""
+        self._key = key
+        return Answer.joined(self._runner.answers(clients, step))
+
+    def note(self, asked: int, answer: Answer) -> None:
+        """Take note of how a round went, and, unless it is void, of what its clients keep."""
+        self._asked, self._answered = asked, answer.answered
+        self.refused += answer.refused
+        self.nonfinite += 0 if self._federation.plan.is_private else answer.nonfinite
+        if not self.is_void:
+            self._kept.update(answer.kept)
 
     def _cohort(self, step: int) -> list[int]:
         if self._draws is None:
@@ -178,9 +197,9 @@ class ClientRounds(Procedure):
         broken = torch.zeros(len(clients), dtype=torch.bool, device=weights.device)
         for value in vectors.values():
             # A sum of sizes is read faster than each value; where it is too large for the number type, each value decides.
-            doubtful = ~torch.isfinite(torch.linalg.vector_norm(value.flatten(1), 1, dim=1))
+            doubtful = ~torch.isfinite(torch.linalg.vector_norm(value.unsqueeze(-1).flatten(1), 1, dim=1))
             if bool(doubtful.any()):
-                broken |= ~torch.isfinite(value.flatten(1)).all(1)
+                broken |= ~torch.isfinite(value.unsqueeze(-1).flatten(1)).all(1)
         total = {name: weighted_sum(value, weights, broken) for name, value in vectors.items()}
         count = int(broken.sum())
         weight = float(weights.masked_fill(broken, 0).sum())
@@ -205,6 +224,21 @@ class ClientRounds(Procedure):
         return Answer({}, 0.0, len(clients), nonfinite, 0, _kept_of(clients, kept, nobody), parts)
 
     def _agrees(self, clients: Sequence[int], records: Sequence[Records], way: str) -> bool:
+        if way != STACKED:
+            return self._is_same(clients, records, way)
+        first, largest = clients[0], max(records, key=len)
+        # Later groups may be padded or not, whatever these clients are.
+        most = min(len(largest), _FEW)
+        alike, unlike = [most] * 2, [max(3, most), max(2, most - 1), 1]
+        try:
+            self._hints.padding = self._is_same(range(first, first + 3), _of_sizes(largest, unlike), way)
+        except Exception:
+            self._hints.padding = False
+        sound = self._hints.padding or self._is_same(range(first, first + 2), _of_sizes(largest, alike), way)
+        return sound and self._is_same(clients, records, way)
+
+    def _is_same(self, clients: Sequence[int], records: Sequence[Records], way: str) -> bool:
+        """Whether a way gives for these clients what one by one gives, in float64; who is not finite there is passed over."""
         model = copy.deepcopy(self._federation.model).double()
         loss = self._federation.loss
         loss = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
@@ -213,11 +247,12 @@ class ClientRounds(Procedure):
         kept = {name: value.double() for name, value in self._kept_by(clients).items()}
         found = []
         for each in (ALONE, way):
-            group = Group(model, loss, clients, wide, self._key, each, Hints())
-            found.append(self._algorithm.client(group, shared, kept).vectors)
-        apart = sum(float((found[1][name] - value).square().sum()) for name, value in found[0].items())
-        size = sum(float(value.square().sum()) for value in found[0].values())
-        return apart <= _AGREEMENT**2 * size
+            group = Group(model, loss, clients, wide, self._key, each, Hints(padding=self._hints.padding))
+            vectors = self._algorithm.client(group, shared, kept).vectors
+            found.append(torch.cat([value.unsqueeze(-1).flatten(1) for value in vectors.values()], 1))
+        sound = torch.isfinite(found[0]).all(1)
+        apart = float((found[1] - found[0])[sound].square().sum())
+        return bool(sound.any()) and apart <= _AGREEMENT**2 * float(found[0][sound].square().sum())
 
     def _kept_by(self, clients: Sequence[int]) -> dict[str, Tensor]:
         of = [self._kept.get(number, self._first) for number in clients]
@@ -240,18 +275,35 @@ class ClientRounds(Procedure):
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
+        self.use(self.released_mean(released), self.terms.rate)
+
+    def released_mean(self, released: Mapping[str, Released]) -> Tensors:
+        """Return the mean over the clients that were expected."""
         sums = [release.value for release in released.values()]
-        if sums:  # nothing if every client was lost and, with LocalNoise, nobody else adds any
-            expected = self.terms.rate * self._federation.plan.population * self._weighting.expected
-            mean = {name: torch.stack([one[name] for one in sums]).sum(0) / expected for name in self._shapes}
-            self._algorithm.update(self._server, mean, self.terms.rate)
+        if not sums:  # every client was lost and, with LocalNoise, nobody else adds any noise
+            return {}
+        expected = self.terms.rate * self._federation.plan.population * self._weighting.expected
+        return {name: torch.stack([one[name] for one in sums]).sum(0) / expected for name in self._shapes}
 
     @override
     def plain(self, step: int) -> None:
         answer = self._answer(step)
-        if answer.weight and not self.is_void:
-            mean = {name: value / answer.weight for name, value in answer.total.items()}
-            self._algorithm.update(self._server, mean, answer.answered / len(self._federation.clients))
+        self.use(self.plain_mean(answer), self.share(answer))
+
+    def plain_mean(self, answer: Answer) -> Tensors:
+        """Return the weighted mean of an answer; nothing if the round is void or nobody counts."""
+        if not answer.weight or self.is_void:
+            return {}
+        return {name: value / answer.weight for name, value in answer.total.items()}
+
+    def share(self, answer: Answer) -> float:
+        """Return the share of all clients that are in an answer."""
+        return answer.answered / len(self._federation.clients)
+
+    def use(self, mean: Tensors, share: float) -> None:
+        """Let the server use the mean over a share of all clients, which is used up; without any, do nothing."""
+        if mean:
+            self._algorithm.update(self._server, mean, share)
 
     @override
     def personal_model(self, client: str) -> nn.Module:
@@ -271,24 +323,65 @@ class ClientRounds(Procedure):
     def data_digest(self) -> str:
         return self._federation.clients.identity()
 
+    @property
+    def is_private(self) -> bool:
+        """Whether the plan promises anything."""
+        return self._federation.plan.is_private
+
+    def number_of(self, client: str) -> int:
+        """Return the number of the client with this name.
+
+        Raises:
+            KeyError: there is no such client.
+        """
+        return self._federation.clients.index_of(client)
+
+    @property
+    def settings(self) -> str:
+        """What the clients and the server do, in one line."""
+        return f"{self._algorithm!r} {self._weighting!r} quorum {self._federation.quorum}"
+
+    @property
+    def kept(self) -> dict[int, Tensors]:
+        """What clients keep of their own, by number; private."""
+        return self._kept
+
+    @property
+    def kept_at_first(self) -> Tensors:
+        """What a client keeps before its first round; empty if the algorithm keeps nothing."""
+        return self._first
+
+    @property
+    def has_personal_models(self) -> bool:
+        """Whether a client's model differs from the server's."""
+        return bool(self._algorithm.personal(self._federation.model, self._first))
+
+    def server_state(self) -> dict[str, Any]:
+        """Return what the server keeps besides the model."""
+        return {"optimizer": optimizer_state(self._server.optimizer), "shared": self._server.shared}
+
+    def restore_server(self, state: dict[str, Any]) -> None:
+        """Take back what `server_state` returned."""
+        restore_optimizer(self._server.optimizer, state["optimizer"])
+        for name, value in self._server.shared.items():
+            value.copy_(state["shared"][name])
+
     @override
     def state(self) -> dict[str, Any]:
         return {
-            "optimizer": optimizer_state(self._server.optimizer),
+            **self.server_state(),
             "draws": None if self._draws is None else self._draws.state(),
-            "shared": self._server.shared,
             "kept": self._kept,
             "aggregation": self.aggregation.state(),
         }
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        restore_optimizer(self._server.optimizer, state["optimizer"])
+        self.restore_server(state)
         federation = self._federation
         if self._draws is not None:
             sampler = federation.plan.sampler
             self._draws = sampler.start(len(federation.clients), federation.source, state["draws"])
-        self._server.shared.update(state["shared"])
         self._kept = dict(state["kept"])
         self.aggregation.restore(state["aggregation"])
 
@@ -299,8 +392,14 @@ def _kept_of(clients: Sequence[int], kept: Mapping[str, Tensor], broken: Tensor)
     return {
         number: {name: value[row].clone() for name, value in kept.items()}
         for row, number in enumerate(clients)
-        if not bool(broken[row])
+        if not bool(broken[row]) and all(bool(torch.isfinite(value[row]).all()) for value in kept.values())
     }
+
+
+def _of_sizes(records: Records, sizes: Sequence[int]) -> list[Records]:
+    """Return records of these numbers, repeated where there are not as many."""
+    rows = [torch.arange(size) % len(records) for size in sizes]
+    return [Records(records.features[index], records.targets[index]) for index in rows]
 
 
 def _double(records: Records) -> Records:

@@ -85,7 +85,7 @@ class Scaffold(Averaging):
         controls = {}
         for name, own in kept.items():
             update = vectors[name.removeprefix(_CONTROL)]
-            taken = (steps * rate).to(update).view(-1, *[1] * (update.dim() - 1))
+            taken = (steps.double() * rate).to(update).view(-1, *[1] * (update.dim() - 1))
             controls[name] = own - shared[name] + update / taken
         vectors.update({name: control - kept[name] for name, control in controls.items()})
         return Work(vectors, controls)
@@ -162,7 +162,11 @@ class FedNova(Averaging):
     @override
     def shapes(self, model: nn.Module) -> dict[str, Tensor]:
         shapes = super().shapes(model)
-        return shapes if self.effective_steps is not None else {**shapes, _NORMALISER: torch.zeros(())}
+        return (
+            shapes
+            if self.effective_steps is not None
+            else {**shapes, _NORMALISER: torch.zeros((), dtype=torch.float64)}
+        )
 
     @override
     def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
@@ -174,7 +178,7 @@ class FedNova(Averaging):
             for name, value in moved(group, ends).items()
         }
         if self.effective_steps is None:
-            vectors[_NORMALISER] = normaliser.to(torch.float32)
+            vectors[_NORMALISER] = normaliser
         return Work(vectors)
 
     @override

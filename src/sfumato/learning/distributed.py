@@ -1,10 +1,10 @@
-"""One curator's training shared by the processes of `torchrun`: the batch is split, the noise enters once.
+"""One training shared by the processes of `torchrun`: the work of a step is split, the noise enters once.
 
 Every process ("rank") holds all records and runs the same script. Rank 0 leads: it alone draws batches and noise, charges the
-ledger, checks the first step and saves. In a step it tells the others which records were drawn; each clips and adds up its
-share, even an empty one; the float64 sums are added up on rank 0, which releases one noised sum and sends it round; and every
-rank takes the same step of the optimiser. So all ranks hold the same model, and it is the one that a single process would
-have made with the same randomness, up to rounding.
+ledger, checks the first step and saves. In a step it tells the others which records were drawn (of a federation, which
+clients: `sfumato.learning.distributed_rounds`); each clips and adds up its share, even an empty one; the float64 sums are
+added up on rank 0, which releases one noised sum and sends it round; and every rank takes the same step of the optimiser. So
+all ranks hold the same model, and it is the one that a single process would have made with the same randomness, up to rounding.
 
 Rank 0's model and optimiser are those that are trained: the other ranks take over their state when the run begins. Only a few
 whole numbers, texts and tensors travel, in the same order on every rank. Before anything large moves, the ranks meet: each
@@ -22,7 +22,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, final
 
@@ -47,8 +48,8 @@ _SPENT = "What was charged, if anything, stays spent."
 
 
 @contextlib.contextmanager
-def together(model: nn.Module) -> Iterator[Callable[[Central], Procedure]]:
-    """Yield what shares a procedure among the processes of `torch.distributed`; alone, it leaves the procedure as it is.
+def together(model: nn.Module) -> Iterator[Team | None]:
+    """Yield the processes of `torch.distributed` that share the training of a model; None if this one is alone.
 
     What fails in the block fails on every rank.
 
@@ -56,11 +57,11 @@ def together(model: nn.Module) -> Iterator[Callable[[Central], Procedure]]:
         ProcessError: the processes cannot reach one another as they were started.
     """
     if not processes() > 1:
-        yield lambda central: central
+        yield None
         return
     team = Team(_device(model))
     with team:
-        yield lambda central: Shared(team, central, model)
+        yield team
 
 
 def refuse(what: str) -> None:
@@ -163,9 +164,32 @@ class Team:
                 dist.broadcast(tensor, speaker)
         return tensor
 
-    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Return a vector for what another rank will send."""
-        return torch.empty(count, dtype=dtype, device=self._device)
+    def told(self, drawn: Tensor | None, said: str = "") -> tuple[Tensor, str]:
+        """Return the whole numbers (any,) int64 that rank 0 drew, and what it says of them; the other ranks give None.
+
+        Raises:
+            ProcessError: as `meet`.
+        """
+        count, _, heard = self.meet("" if drawn is None else f"{len(drawn)} {said}").partition(" ")
+        own = torch.empty(int(count), dtype=torch.int64) if drawn is None else drawn
+        return self.broadcast(own).cpu(), heard
+
+    def share(self, values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named tensors of rank 0, in the shapes and on the devices of `like`, all in the widest of its dtypes.
+
+        Args:
+            values: By the names of `like`, or nothing; what the other ranks give is not heard.
+            like: On every rank.
+
+        Raises:
+            ProcessError: as `meet`.
+        """
+        dtype = functools.reduce(torch.promote_types, (value.dtype for value in like.values()))
+        if self.leads and values:
+            vector = self.flat([values[name] for name in like], dtype)
+        else:
+            vector = torch.empty(sum(value.numel() for value in like.values()), dtype=dtype)
+        return split(self.broadcast(vector), like) if self.meet("some" if values else "") else {}
 
     def add_up(self, tensor: Tensor) -> None:
         """Add the tensors of all ranks up, into that of rank 0; the others' are used up."""
@@ -213,8 +237,129 @@ class Team:
             self.meet(why, failed=True)
 
 
+class SharedProcedure(Procedure):
+    """A procedure on every rank of a team, whose model and server's state are alike on all.
+
+    Args:
+        team: The ranks.
+        own: The procedure on this rank.
+        model: The model it trains.
+        trust: What the processes that share the run see.
+    """
+
+    def __init__(self, team: Team, own: Procedure, model: nn.Module, trust: str) -> None:
+        self._team, self._own, self._model = team, own, model
+        self.leads = team.leads
+        self.aggregation = own.aggregation
+        seen = f"The processes that share the run, and the network between them, which see what {trust}."
+        self.not_covered = (*own.not_covered, seen)
+
+    @property
+    @override
+    def kind(self) -> str:
+        return self._own.kind  # so that any number of processes can go on with a run
+
+    @override
+    def start(self, fingerprint: str) -> None:
+        own = {
+            "another version of sfumato": __version__,
+            "another plan": fingerprint,
+            "another model": _layout(self._model),
+            **self._told(),
+            "other records": self._own.data_digest(),
+        }
+        first = json.loads(self._team.meet(json.dumps(own)))
+        for what, value in own.items():
+            if first.get(what) != value:
+                raise ProcessError(
+                    f"Rank {self._team.rank} has {what} than rank 0; run the same script on the same records, in the same "
+                    "order, in every process."
+                )
+        self._team.meet()
+        self._take_over()
+        self._team.meet()
+
+    @override
+    def together(self) -> contextlib.AbstractContextManager[object]:
+        return self._team
+
+    @override
+    def agree(self, progress: Progress) -> Progress:
+        first = Progress(*json.loads(self._team.meet(json.dumps(progress))))
+        if self._team.failed:  # and whoever catches that may go on, but not with a rank that missed a step
+            self._take_over()
+            self._team.failed = False
+        return first
+
+    @override
+    def use_terms(self, terms: Terms) -> None:
+        self._own.use_terms(terms)
+
+    @override
+    def shapes(self) -> Mapping[str, Tensor] | None:
+        return self._own.shapes()
+
+    @override
+    def asked(self, step: int) -> int:
+        return self._own.asked(step)
+
+    @override
+    def probe(self) -> Bounded:
+        return self._own.probe()
+
+    @override
+    def skip(self) -> None:
+        self._own.skip()
+
+    @override
+    def data_digest(self) -> str:
+        return self._own.data_digest()
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return self._own.state()
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        self._own.restore(state)
+
+    def _told(self) -> dict[str, str]:
+        """Return what else must be alike on all ranks: what to call a difference, and a text to compare."""
+        return {}
+
+    @abstractmethod
+    def _alike(self) -> dict[str, Any]:
+        """Return the state besides the model that every rank takes over from rank 0."""
+
+    @abstractmethod
+    def _use_alike(self, state: dict[str, Any]) -> None:
+        """Take over what `_alike` returned on rank 0."""
+
+    def _take_over(self) -> None:
+        """Take over the state of rank 0's model, optimiser and sampler."""
+        saved = b""
+        if self.leads:
+            buffer = io.BytesIO()
+            torch.save({"model": self._model.state_dict(), "procedure": self._alike()}, buffer)
+            saved = buffer.getvalue()
+        count = int(self._team.meet(str(len(saved))))
+        heard = self._team.send(saved, count)
+        if self.leads:
+            return
+        try:
+            state = torch.load(io.BytesIO(heard), weights_only=True, map_location="cpu")
+            self._model.load_state_dict(state["model"])
+            self._use_alike(state["procedure"])
+        except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise ProcessError(
+                f"Rank {self._team.rank} cannot take over the model and the optimiser of rank 0 "
+                f"({str(error).partition(chr(10))[0]}); make both in the same way in every process, with plain Python "
+                "numbers for the optimiser's settings."
+            ) from error
+
+
 @final
-class Shared(Procedure):
+class Shared(SharedProcedure):
     """One curator's procedure, its batches split among the ranks of a team.
 
     **Guarantee**: as the procedure that is shared. The sum that is released holds each drawn record's clipped part once,
@@ -243,53 +388,8 @@ class Shared(Procedure):
 
     def __init__(self, team: Team, central: Central, model: nn.Module) -> None:
         _refuse_batch_statistics(model)
-        self._team, self._central, self._model = team, central, model
-        self.leads = team.leads
-        self.aggregation = central.aggregation
-        self.not_covered = (
-            *central.not_covered,
-            "The processes that share the run, and the network between them, which see what the curator sees.",
-        )
-
-    @property
-    @override
-    def kind(self) -> str:
-        return self._central.kind  # so that any number of processes can go on with a run
-
-    @override
-    def start(self, fingerprint: str) -> None:
-        own = {
-            "another version of sfumato": __version__,
-            "another plan": fingerprint,
-            "another model": _layout(self._model),
-            "other records": self._central.data_digest(),
-        }
-        first = json.loads(self._team.meet(json.dumps(own)))
-        for what, value in own.items():
-            if first[what] != value:
-                raise ProcessError(
-                    f"Rank {self._team.rank} has {what} than rank 0; run the same script on the same records, in the same "
-                    "order, in every process."
-                )
-        self._team.meet()
-        self._take_over()
-        self._team.meet()
-
-    @override
-    def together(self) -> contextlib.AbstractContextManager[object]:
-        return self._team
-
-    @override
-    def agree(self, progress: Progress) -> Progress:
-        first = Progress(*json.loads(self._team.meet(json.dumps(progress))))
-        if self._team.failed:  # and whoever catches that may go on, but not with a rank that missed a step
-            self._take_over()
-            self._team.failed = False
-        return first
-
-    @override
-    def use_terms(self, terms: Terms) -> None:
-        self._central.use_terms(terms)
+        super().__init__(team, central, model, "the curator sees")
+        self._central = central
 
     @override
     def contributions(self, step: int) -> dict[str, ClippedSum]:
@@ -300,29 +400,15 @@ class Shared(Procedure):
         self._team.add_up(total)
         if not self.leads:
             return {}
-        summed = self._split(total)
+        summed = split(total, trainable(self._model))
         if UNCLIPPED in mine.bounded.value:
             summed[UNCLIPPED] = total[-2]  # after the parameters, before the count
         return {"all": ClippedSum(Bounded(summed, mine.bounded.norm_bound), int(total[-1]))}
 
     @override
-    def asked(self, step: int) -> int:
-        return self._central.asked(step)
-
-    @override
-    def probe(self) -> Bounded:
-        return self._central.probe()
-
-    @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         parameters = trainable(self._model)
-        dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters.values()))
-        if self.leads:
-            total = self._team.flat([released["all"].value[name] for name in parameters], dtype)
-        else:
-            total = self._team.empty(sum(parameter.numel() for parameter in parameters.values()), dtype)
-        self._team.meet()
-        self._central.use(self._split(self._team.broadcast(total)))
+        self._central.use(self._team.share(released["all"].value if self.leads else {}, parameters))
 
     @override
     def plain(self, step: int) -> None:
@@ -338,26 +424,18 @@ class Shared(Procedure):
         self._team.meet()
         self._team.add_up(total)
         total = self._team.broadcast(total)
-        whole = self._split(total)
+        whole = split(total, parameters)
         # A parameter that no record reaches has no gradient, so that the optimiser leaves it alone, as in one process.
         for (name, parameter), flag in zip(parameters.items(), total[-len(reached) :].tolist(), strict=True):
             parameter.grad = whole[name].to(parameter.device, parameter.dtype) if flag else None
         self._central.advance()
 
     @override
-    def skip(self) -> None:
-        self._central.skip()
-
-    @override
-    def data_digest(self) -> str:
-        return self._central.data_digest()
-
-    @override
-    def state(self) -> dict[str, Any]:
+    def _alike(self) -> dict[str, Any]:
         return self._central.state()
 
     @override
-    def restore(self, state: dict[str, Any]) -> None:
+    def _use_alike(self, state: dict[str, Any]) -> None:
         self._central.restore(state)
 
     def _draw(self, step: int) -> Tensor:
@@ -365,39 +443,16 @@ class Shared(Procedure):
         drawn = self._central.draw(step) if self.leads else None
         if drawn is not None and len(drawn) > MAX_UNITS:
             raise UnsupportedModelError(f"A batch may hold at most {MAX_UNITS} records; lower the batch size.")
-        count = int(self._team.meet("" if drawn is None else str(len(drawn))))
-        return self._team.broadcast(torch.empty(count, dtype=torch.int64) if drawn is None else drawn).cpu()
+        return self._team.told(drawn)[0]
 
-    def _split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return what `Team.flat` made of one tensor for each trainable parameter, by name, on the parameters' devices."""
-        parts, start = {}, 0
-        for name, parameter in trainable(self._model).items():
-            part = vector[start : start + parameter.numel()]
-            parts[name] = part.view(parameter.shape).to(parameter.device)
-            start += parameter.numel()
-        return parts
 
-    def _take_over(self) -> None:
-        """Take over the state of rank 0's model, optimiser and sampler."""
-        saved = b""
-        if self.leads:
-            buffer = io.BytesIO()
-            torch.save({"model": self._model.state_dict(), "procedure": self._central.state()}, buffer)
-            saved = buffer.getvalue()
-        count = int(self._team.meet(str(len(saved))))
-        heard = self._team.send(saved, count)
-        if self.leads:
-            return
-        try:
-            state = torch.load(io.BytesIO(heard), weights_only=True, map_location="cpu")
-            self._model.load_state_dict(state["model"])
-            self._central.restore(state["procedure"])
-        except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            raise ProcessError(
-                f"Rank {self._team.rank} cannot take over the model and the optimiser of rank 0 "
-                f"({str(error).partition(chr(10))[0]}); make both in the same way in every process, with plain Python "
-                "numbers for the optimiser's settings."
-            ) from error
+def split(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parts at the beginning of what `Team.flat` made, by the names, in the shapes and on the devices of `like`."""
+    parts, start = {}, 0
+    for name, value in like.items():
+        parts[name] = vector[start : start + value.numel()].view(value.shape).to(value.device)
+        start += value.numel()
+    return parts
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -37,6 +37,11 @@ class Averaging(ClientAlgorithm):
     def training(self) -> LocalTraining:
         """What a client does."""
 
+    @property
+    @override
+    def is_stackable(self) -> bool:
+        return self.training.is_by_element
+
     @override
     def check(self, federation: Federation) -> None:
         made_for(federation.model, self.training.optimizer)  # refuses an unfit optimiser before anything is charged

@@ -230,6 +230,11 @@ class ClientAlgorithm(Algorithm):
     `client` runs at the clients, for a group of them at once; `update` at the server.
     """
 
+    @property
+    def is_stackable(self) -> bool:
+        """Whether clients that are stacked along a new dimension do what each does alone."""
+        return True
+
     def shared(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what the server sends besides the model, as it is before the first round."""
         return {}
@@ -294,6 +299,19 @@ def check_federation(federation: Federation) -> None:
         raise PlanError(
             f"The plan is for a population of {plan.population} clients and the federation has {len(federation.clients)}; "
             "make the plan for the clients there are."
+        )
+
+
+def check_for_records(federation: Federation) -> None:
+    """Refuse what only rounds of clients know, in a federation whose plan counts records.
+
+    Raises:
+        PlanError: names it.
+    """
+    if federation.quorum or federation.weighting is not BY_RECORDS or federation.available is not None:
+        raise PlanError(
+            "quorum, weighting and available belong to rounds of clients; with this algorithm give the plan the unit "
+            '"client", or leave them out.'
         )
 
 

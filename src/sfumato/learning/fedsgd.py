@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from sfumato.errors import PlanError
 from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.support import running, trainable
@@ -21,11 +22,12 @@ from sfumato.learning.federated import (
     Federation,
     Work,
     check_federation,
+    check_for_records,
     made_for,
     start_draws,
     who_is_protected,
 )
-from sfumato.learning.groups import Group
+from sfumato.learning.groups import Group, running_statistics
 from sfumato.learning.local_training import MakeOptimizer
 from sfumato.learning.procedure import (
     Procedure,
@@ -59,6 +61,14 @@ class FedSGD(ClientAlgorithm):
         return _RecordSums(federation, noise, self.optimizer)
 
     @override
+    def check(self, federation: Federation) -> None:
+        if running_statistics(federation.model):
+            raise PlanError(
+                "One gradient of each client moves no running statistics, so batch normalisation would never learn them; use "
+                "FedAvg, or torch.nn.GroupNorm in its place."
+            )
+
+    @override
     def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
         return Work(group.gradients())
 
@@ -82,6 +92,7 @@ class _RecordSums(Procedure):
 
     def __init__(self, federation: Federation, noise: Aggregation | None, make: MakeOptimizer) -> None:
         check_federation(federation)
+        check_for_records(federation)
         self._federation = federation
         self._names = list(federation.clients)
         self._optimizer = made_for(federation.model, make)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
 
 from sfumato.data.records import Records
 from sfumato.gradients import spare
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.support import trainable
-from sfumato.learning.fused_linear import Fusing, NotFusable
+from sfumato.learning.fused_linear import Fusing, Sink
 from sfumato.learning.local_training import Batches, LocalTraining, batches_of, mixed
 from sfumato.learning.procedure import mean_loss
 
@@ -54,9 +56,12 @@ class Hints:
 
     Attributes:
         fused: Parameters that `fused_linear` may take; None before the first step.
+        padding: Whether stacked clients may have batches of different sizes; where records are mixed in the forward pass,
+            what is put in place of missing ones would be mixed in. Such groups are then trained one by one.
     """
 
     fused: frozenset[str] | None = None
+    padding: bool = True
 
 
 @final
@@ -108,6 +113,8 @@ class Group:
         """
         begin = {**self.sent(), **start}
         batches = batches_of(training, self.sizes, self.key, torch.tensor(self.clients))
+        if self.way == STACKED and not self.hints.padding and batches.are_padded:
+            return dataclasses.replace(self, way=ALONE).train(training, start, toward=toward, push=push)
         steps = (batches.count > 0).sum(1)
         pull = _Pull(training.proximal, begin if toward is None else toward, push)
         if self.way == STACKED:
@@ -125,8 +132,10 @@ class Group:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradient of each client's mean loss over all of its records, by parameter, (clients, ...)."""
-        if self.way == STACKED:
+        if self.way == STACKED and (self.hints.padding or len(self.sizes.unique()) == 1):
             return self._gradients(range(len(self.clients)))
+        if self.way == STACKED:
+            return dataclasses.replace(self, way=ALONE).gradients()
         parts = [self._gradients([row]) for row in range(len(self.clients))]
         return {name: torch.stack([one[name] for one in parts]) for name in parts[0]}
 
@@ -139,7 +148,8 @@ class Group:
         place = torch.arange(int(sizes.max())).expand(len(rows), 1, -1)
         everything = Batches(place.masked_fill(place >= sizes[:, None, None], 0), sizes[:, None])
         with self._random(rows):
-            total = self._forward()(weights, buffers, *self._data(rows, everything).batch(0, len(rows)))
+            forward = self._forward({name: weight.detach() for name, weight in weights.items()})
+            total = forward(weights, buffers, *self._data(rows, everything).batch(0, len(rows)))
         found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
         return {
             name: torch.zeros_like(weight) if gradient is None else gradient
@@ -157,7 +167,7 @@ class Group:
             batches = Batches(batches.index[rows], batches.count[rows])
         weights, buffers = self._copied(begin)
         data = self._data(rows.tolist(), batches)
-        _Descent(training, weights, self._forward(), self.hints).run(buffers, data, batches, pull)
+        _Descent(training, weights, self._forward(weights), self.hints).run(buffers, data, batches, pull)
         data.done()
         ends = {**weights, **buffers}
         return _picked(ends, torch.argsort(rows)) if moved else ends
@@ -170,15 +180,17 @@ class Group:
             weights = {name: _channels_last(value) for name, value in weights.items()}
         own = Batches(batches.index[row : row + 1], batches.count[row : row + 1])
         with self._random([row]):
-            descent = _Descent(training, weights, self._forward(), self.hints)
+            descent = _Descent(training, weights, self._forward(weights), self.hints)
             descent.run(buffers, self._data([row], own), own, pull.at(row))
         return {**weights, **buffers}
 
-    def _forward(self) -> _Forward:
+    def _forward(self, weights: Mapping[str, Tensor]) -> _Forward:
         # Fresh copies, so that nothing a model or loss keeps of one client (a buffer, an attribute) reaches the next.
         loss = copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
-        # The trained parameters are put in anew at each call, so they need no copy; frozen ones a forward might write to.
-        same = {id(parameter): parameter for parameter in trainable(self.model).values()}
+        # The trained parameters are put in anew at each call, so they need no copy; frozen ones a forward might write to. One
+        # client's copy holds its own weights in between too, where activation checkpointing computes once more.
+        own = trainable(self.model)
+        same = {id(value): value if self.way == STACKED else nn.Parameter(weights[name]) for name, value in own.items()}
         return _Forward(copy.deepcopy(self.model, same), loss, many=self.way == STACKED)
 
     def _copied(self, begin: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -305,8 +317,12 @@ class _Forward:
         count: Tensor | None, watch: _Watch | None = None,
     ) -> Tensor:  # fmt: skip
         def outputs_of(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], features: Tensor) -> Any:
-            with contextlib.nullcontext() if watch is None else watch(weights):
+            if watch is None:
                 return functional_call(self._scratch, {**weights, **buffers}, (features,))
+            with watch(weights) as mode:
+                outputs = functional_call(self._scratch, {**weights, **buffers}, (features,))
+            mode.returned(outputs)
+            return outputs
 
         if not self._many:
             return mean_loss(self._loss(outputs_of(weights, buffers, features), targets))
@@ -319,10 +335,17 @@ class _Forward:
             part = torch.arange(targets.shape[1], device=count.device) < count[:, None]
             return (torch.where(part, each, 0.0).sum(1) / count).sum()
         if count is None:
-            losses = vmap(lambda output, target: mean_loss(self._loss(output, target)))(outputs, targets)
-        else:
-            losses = vmap(functools.partial(_mean_of_first, self._loss))(outputs, targets, count)
-        return losses.sum()
+            return vmap(self._mean)(outputs, targets).sum()
+        # A loss over what takes the place of missing records could not be told from the others, so equal sizes go together.
+        parts = []
+        for size in count.unique().tolist():
+            rows = (count == size).nonzero().squeeze(1)
+            held = tree_map(lambda value, rows=rows, size=size: value[rows, :size], outputs)
+            parts.append(vmap(self._mean)(held, targets[rows, :size]).sum())
+        return torch.stack(parts).sum()
+
+    def _mean(self, outputs: Any, targets: Tensor) -> Tensor:
+        return mean_loss(self._loss(outputs, targets))
 
 
 def _is_cross_entropy(loss: Loss, outputs: Any, targets: Tensor) -> bool:
@@ -343,18 +366,6 @@ def _is_plain(loss: object) -> bool:
     return (loss.reduction, loss.ignore_index, loss.label_smoothing) == ("mean", -100, 0.0)
 
 
-def _mean_of_first(loss: Loss, outputs: Any, targets: Tensor, count: Tensor) -> Tensor:
-    """Return the mean loss of a batch's first `count` records; a reduced loss is asked for each record alone."""
-    losses = loss(outputs, targets)
-    if losses.dim() == 0:
-        losses = vmap(lambda output, target: mean_loss(loss(output.unsqueeze(0), target.unsqueeze(0))))(
-            outputs, targets
-        )
-    losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-    part = torch.arange(len(targets), device=count.device) < count
-    return torch.where(part, losses, 0.0).sum() / count
-
-
 @final
 class _Descent:
     """The steps of local training over weights that are changed in place."""
@@ -365,7 +376,8 @@ class _Descent:
         if self._rate is None:
             self._parameters = {name: nn.Parameter(tensor) for name, tensor in weights.items()}
             self._optimizer = training.optimizer(list(self._parameters.values()))
-        self._anchor = torch.zeros((), device=next(iter(weights.values())).device, requires_grad=True)
+        anchor = torch.zeros((), device=next(iter(weights.values())).device, requires_grad=True)
+        self._sink = Sink(self._rate or 0.0, anchor)
 
     def run(self, buffers: Mapping[str, Tensor], data: _Data, batches: Batches, pull: _Pull) -> None:
         weights = self._weights
@@ -387,14 +399,19 @@ class _Descent:
         fused = self._hints.fused or frozenset()
         kept = {name: value.clone() for name, value in buffers.items()} if fused else {}
         try:
-            total, leaves = self._watched(weights, buffers, batch, fused, rate)
-        except NotFusable:
+            total, leaves = self._watched(weights, buffers, batch, fused)
+        except Exception:
+            if not fused:
+                raise
+            # Nothing has been written yet. What fails without fusing as well fails again.
             self._hints.fused = fused = frozenset()
             for name, value in kept.items():
                 buffers[name].copy_(value)
-            total, leaves = self._watched(weights, buffers, batch, fused, rate)
-        asked = [*leaves.values(), self._anchor] if fused else list(leaves.values())
+            total, leaves = self._watched(weights, buffers, batch, fused)
+        asked = [*leaves.values(), self._sink.anchor] if fused else list(leaves.values())
+        self._sink.is_open = True
         gradients = torch.autograd.grad(total, asked, allow_unused=True)
+        self._sink.is_open = False
         found = dict(zip(leaves, gradients, strict=False))
         for name, weight in weights.items():
             gradient = found.get(name)
@@ -410,7 +427,6 @@ class _Descent:
         buffers: Mapping[str, Tensor],
         batch: _Batch,
         fused: frozenset[str],
-        rate: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         # Detached views share the weights' memory; those that are fused move in the backward pass and need no gradient.
         seen = {name: value.detach() for name, value in weights.items()}
@@ -420,7 +436,7 @@ class _Descent:
         modes: list[Fusing] = []
 
         def watch(given: Mapping[str, Tensor]) -> Fusing:
-            modes.append(Fusing(given, fused, self._anchor, rate))
+            modes.append(Fusing(given, fused, self._sink))
             return modes[-1]
 
         total = self._forward(seen, buffers, *batch, watch)

@@ -20,6 +20,7 @@ from sfumato.learning.aggregation import LocalNoise
 from sfumato.learning.federated import (
     Federation,
     check_federation,
+    check_for_records,
     made_for,
     start_draws,
     who_is_protected,
@@ -35,6 +36,7 @@ class LocalPrivateSteps(Procedure):
 
     def __init__(self, federation: Federation, local: MakeOptimizer, local_steps: int) -> None:
         check_federation(federation)
+        check_for_records(federation)
         self._federation, self._local, self._local_steps = federation, local, local_steps
         self._sizes = _declared(federation)
         self._draws = start_draws(federation, {})

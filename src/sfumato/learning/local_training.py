@@ -63,7 +63,7 @@ class LocalTraining:
     def plain_rate(self) -> float | None:
         """The learning rate, if a step is w - rate * gradient and nothing else."""
         optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
-        if type(optimizer) is not SGD or len(optimizer.param_groups) != 1 or self.proximal:
+        if not self.is_by_element or type(optimizer) is not SGD or len(optimizer.param_groups) != 1 or self.proximal:
             return None
         group = optimizer.param_groups[0]
         if group["momentum"] or group["weight_decay"] or group["maximize"] or not isinstance(group["lr"], (int, float)):
@@ -72,8 +72,13 @@ class LocalTraining:
 
     @cached_property
     def is_by_element(self) -> bool:
-        """Whether the optimiser treats every coordinate alone, so that stacked clients take the steps they take alone."""
-        return type(self.optimizer([nn.Parameter(torch.zeros(1))])) in _BY_ELEMENT
+        """Whether the optimiser is known to treat every coordinate alone: then stacked clients take the steps they take alone.
+
+        Any other might let one client move another, for example by a norm over all it holds.
+        """
+        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        return type(optimizer) in _BY_ELEMENT and not hooked
 
     def steps_of(self, records: int) -> int:
         """Return how many steps a client with so many records takes."""
@@ -95,6 +100,11 @@ class Batches:
 
     index: Tensor
     count: Tensor
+
+    @property
+    def are_padded(self) -> bool:
+        """Whether in some step one client has fewer records than another."""
+        return bool(((self.count > 0) & (self.count < self.count.max(0).values)).any())
 
 
 def batches_of(training: LocalTraining, sizes: Tensor, key: int, clients: Tensor) -> Batches:

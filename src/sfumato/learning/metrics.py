@@ -11,7 +11,8 @@ Every record adds to five small tables, and every metric is computed from their 
 | losses (3) | votes for none, half and all of the loss bound | mean loss and its spread |
 
 One joint table over (class, predicted class, bin) would also do, but accuracy would then carry the noise of all its cells.
-A record has 2**20 votes in each of the last two, so that rounding to whole votes is far below any noise.
+A record has 2**20 votes in each of the last two, so that rounding to whole votes is far below any noise. Where clients are
+protected a client adds the mean of what its records add, in votes of which it has 2**20 in every table.
 """
 
 from __future__ import annotations
@@ -25,9 +26,17 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from sfumato.privacy.budget import Unit
+
 VOTES = 2**20
 NORM_BOUNDS: Mapping[str, int] = {"tally": 1, "confusion": 1, "bins": 1, "confidences": VOTES, "losses": VOTES}
 """The l2 norm of what one record adds to each table: exact, because it adds whole numbers of at least 0 with this sum."""
+
+UNIT_BOUNDS: Mapping[Unit, Mapping[str, int]] = {
+    Unit.RECORD: NORM_BOUNDS,
+    Unit.CLIENT: dict.fromkeys(NORM_BOUNDS, VOTES),
+}
+"""The l2 norm of what one unit adds to each table, at most."""
 
 # A confidence lies within its bin whatever the noise, so its table needs least; the noise of a mean loss grows with the bound.
 SHARES: Mapping[str, float] = {"tally": 0.25, "confusion": 0.15, "bins": 0.2, "confidences": 0.03, "losses": 0.37}
@@ -135,26 +144,37 @@ class Measures(NamedTuple):
     loss: Estimate
 
 
-def measure(layout: Layout, tables: Mapping[str, Tensor], stds: Mapping[str, float], level: float) -> Measures:
+def measure(
+    layout: Layout, tables: Mapping[str, Tensor], stds: Mapping[str, float], level: float, unit: Unit = Unit.RECORD
+) -> Measures:
     """Return all metrics, with intervals that are meant to hold with `level`.
+
+    The chance in the intervals is that of drawing units. A client's part is a mean of its records' parts, so the variance of
+    a client's part is at most that of a record drawn from a client drawn at random (Jensen), which is what the intervals
+    reckon with: for clients they are cautious, the more so the more alike clients are.
 
     Args:
         layout: The shape of the tables.
-        tables: Sums over records, with or without noise.
+        tables: Sums over records or clients, with or without noise.
         stds: Of the noise on every cell of each table; 0 for none.
         level: In (0, 1).
+        unit: What the sums are over.
     """
     quantile = NormalDist().inv_cdf((1 + level) / 2)
-    # In records: a table of votes comes down to one a record.
-    cells = {name: (table.double() / NORM_BOUNDS[name]).tolist() for name, table in tables.items()}
-    std = {name: stds[name] / NORM_BOUNDS[name] for name in tables}
+    bounds = UNIT_BOUNDS[unit]
+    # In units: a table of votes comes down to one a unit.
+    cells = {name: (table.double() / bounds[name]).tolist() for name, table in tables.items()}
+    std = {name: stds[name] / bounds[name] for name in tables}
     bins = []
     for place, (right_or_not, votes) in enumerate(zip(cells["bins"], cells["confidences"], strict=True)):
         lower, upper = layout.edges(place)
         confidence = _scaled(_ratio(votes, (0, 1), std["confidences"], quantile), lower, upper)
         accuracy = _ratio(right_or_not, (0, 1), std["bins"], quantile)
         bins.append(ReliabilityBin(lower, upper, _count(right_or_not, std["bins"], quantile), confidence, accuracy))
-    loss = _ratio(cells["losses"], (0, 0.5, 1), std["losses"], quantile, _spread(*cells["losses"]))
+    # A spread seen in a few units may be far too small, and federations of a few clients are common: as Wilson does for shares,
+    # a federation's is taken together with that of quantile**2 more clients which vary as much as can be.
+    trust = 1.0 if unit is Unit.RECORD else _trust(sum(cells["losses"]), quantile)
+    loss = _ratio(cells["losses"], (0, 0.5, 1), std["losses"], quantile, _spread(*cells["losses"]), trust)
     return Measures(
         number=_count(cells["tally"], std["tally"], quantile),
         accuracy=_ratio(cells["tally"], (0, 1), std["tally"], quantile),
@@ -173,6 +193,10 @@ def _spread(none: float, half: float, whole: float) -> float:
     return min(max(whole / total - mean**2, 0.0), mean * (1 - mean))
 
 
+def _trust(units: float, quantile: float) -> float:
+    return max(units, 0.0) / (max(units, 0.0) + quantile**2)
+
+
 def _count(cells: Sequence[float], std: float, quantile: float) -> Estimate:
     """Return the number of units in `cells` together, with an interval for the noise; none is below 0."""
     total, reach = sum(cells), quantile * std * math.sqrt(len(cells))
@@ -180,7 +204,12 @@ def _count(cells: Sequence[float], std: float, quantile: float) -> Estimate:
 
 
 def _ratio(
-    cells: Sequence[float], weights: Sequence[float], std: float, quantile: float, spread: float | None = None
+    cells: Sequence[float],
+    weights: Sequence[float],
+    std: float,
+    quantile: float,
+    spread: float = 0.0,
+    trust: float = 0.0,
 ) -> Estimate:
     """Return the mean weight, in [0, 1], of the units in noisy `cells`.
 
@@ -192,12 +221,13 @@ def _ratio(
         weights: One a cell, in [0, 1].
         std: Of the noise of every cell.
         quantile: Of the normal distribution.
-        spread: Variance of a unit's weight; by default m (1 - m), that of a share and the largest there is.
+        spread: Variance of a unit's weight, as far as it can be trusted.
+        trust: The share of `spread` in the variance, in [0, 1]; the rest is m (1 - m): that of a share, the largest there is.
     """
     total = sum(cells)
     top = sum(weight * cell for weight, cell in zip(weights, cells, strict=True))
     noise, units = std**2, max(total, 0.0)
-    constant, linear, square = (0.0, 1.0, -1.0) if spread is None else (spread, 0.0, 0.0)
+    constant, linear, square = trust * spread, 1 - trust, trust - 1
     # In m: a m**2 + b m + c <= 0.
     a = total**2 - quantile**2 * (noise * len(cells) + units * square)
     b = -2 * top * total + quantile**2 * (2 * noise * sum(weights) - units * linear)

@@ -53,6 +53,8 @@ class Procedure(ABC):
         leads: Whether this process draws, pays, releases and saves; False where it only works along.
         terms: What the current step is done with.
         refused: How many answers of clients were left out because names or shapes were not those of the round.
+        nonfinite: How many updates of a run without privacy were left out because a value was NaN or infinite; a private
+            one counts them with its bounded sums.
     """
 
     aggregation: Aggregation
@@ -60,6 +62,7 @@ class Procedure(ABC):
     leads: bool = True
     terms: Terms
     refused: int = 0
+    nonfinite: int = 0
 
     @property
     def is_void(self) -> bool:

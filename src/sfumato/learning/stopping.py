@@ -95,7 +95,7 @@ class Plateau(Stop):
     Args:
         score: Called with the model.
         patience: Looks without a rise.
-        by: What counts as a rise, at least 0.
+        by: By how much more than at the last rise the score must be to count as the next one, at least 0.
         every: Rounds between two looks.
 
     Raises:
@@ -121,9 +121,9 @@ class Plateau(Stop):
             if done % self.every:
                 return None
             found = _number(self.score(model))
-            flat = 0 if found > best + self.by else flat + 1
-            best = max(best, found)
-            return f"the score has not risen above {best:.4g} in {flat} looks" if flat >= self.patience else None
+            best, flat = (found, 0) if found > best + self.by else (best, flat + 1)
+            above = f"above {best + self.by:.4g}"
+            return f"the score has not risen {above} in {flat} looks" if flat >= self.patience else None
 
         return asked
 
@@ -140,7 +140,8 @@ class FirstOf(Stop):
     rules: tuple[Stop, ...]
 
     def __post_init__(self) -> None:
-        if not self.rules or not all(isinstance(rule, Stop) for rule in self.rules):
+        rules = self.rules
+        if not isinstance(rules, tuple) or not rules or not all(isinstance(rule, Stop) for rule in rules):
             raise InputError("FirstOf needs a tuple of rules, for example (Rounds(100), Target(score, 0.95)).")
         object.__setattr__(self, "looks", any(rule.looks for rule in self.rules))
 

@@ -186,8 +186,9 @@ class Training(Iterator[Step]):
     def result(self) -> TrainingResult:
         """Return the model and the statement of what has been charged for it."""
         return TrainingResult(
-            self.model, self._statement(), tuple(self._steps), self._run, self._lost, self._nonfinite,
-            self._procedure.refused, self._void, self._stopped, self.personal_model,
+            self.model, self._statement(), tuple(self._steps), self._run, self._lost,
+            self._nonfinite + self._procedure.nonfinite, self._procedure.refused, self._void, self._stopped,
+            self.personal_model,
         )  # fmt: skip
 
     def personal_model(self, client: str) -> nn.Module:

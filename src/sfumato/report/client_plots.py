@@ -151,9 +151,9 @@ def _dots(panel: Axes, parts: Sequence[ClientPart]) -> None:
 
 
 def _accuracy_of(parts: Sequence[ClientPart]) -> str:
-    marks = {"square: shared model": [part.shared for part in parts], "diamond: own": [part.own for part in parts]}
+    marks = {"square: shared": [part.shared for part in parts], "diamond: own": [part.own for part in parts]}
     shown = [words for words, scores in marks.items() if any(score is not None for score in scores)]
-    return f"accuracy\n({', '.join(shown)})"
+    return "accuracy (" + ",\n".join(shown) + ")"
 
 
 def _whole_percent(panel: Axes, most: float) -> None:

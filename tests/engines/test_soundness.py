@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import LOSS, flat
+from torch import Tensor, nn
+
+import sfumato as sf
+from sfumato.engines import choosing
+
+LOCAL = functools.partial(torch.optim.SGD, lr=0.1)
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(choosing, "_MOST_STACKED", 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def population(sizes: list[int]) -> sf.Population:
+    generator = torch.Generator().manual_seed(1)
+    return sf.Population.of(
+        {
+            f"site-{row}": sf.Records(
+                torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+            )
+            for row, size in enumerate(sizes)
+        }
+    )
+
+
+def after(engine: sf.Simulation, sizes: list[int], model: nn.Module, loss: Loss, **more: object) -> Tensor:
+    arguments: dict[str, object] = {"local": LOCAL, "local_epochs": 1, "batch_size": 4, **more}
+    plan = sf.Plan.without_privacy(population=len(sizes), batch_size=len(sizes), steps=3, unit="client")
+    sf.federate(
+        model, population(sizes), plan, algorithm=sf.FedAvg(**arguments), engine=engine, loss=loss,  # type: ignore[arg-type]
+        source=sf.SeededSource(3),
+    )  # fmt: skip
+    return flat(model)
+
+
+def normalised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+def bare() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 5.0]))
+LATER = [8] * 9 + [6, 3, 7, 2, 8]  # the first clients are alike, so nothing is padded while ways are tried
+
+
+@pytest.mark.parametrize(("make", "loss"), [(normalised, LOSS), (bare, WEIGHTED)])
+def test_padding_that_comes_later_is_found_out_in_time(make: Callable[[], nn.Module], loss: Loss) -> None:
+    found = [
+        after(engine, LATER, make(), loss)
+        for engine in (sf.Simulation(workers=1, way="stacked"), sf.Simulation(debug=True))
+    ]
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+
+
+def test_a_first_round_of_one_client_proves_nothing() -> None:
+    sizes = [8, 3, 7, 2, 5]
+    found = []
+    for way in ({"way": "stacked"}, {"debug": True}):
+        engine = sf.Simulation(workers=1, drop_out=lambda step, name: step == 0 and name != "site-0", **way)  # type: ignore[arg-type]
+        found.append(after(engine, sizes, bare(), WEIGHTED))
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+
+
+class _AsOne(torch.optim.SGD):
+    """Takes steps of a fixed length, which stacked clients would have in common."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.05)
+        super().step()
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_an_optimiser_that_looks_at_all_weights_is_found_out(first: int) -> None:
+    found = []
+    for way in ({}, {"debug": True}):
+        engine = sf.Simulation(workers=1, drop_out=lambda step, name: step == 0 and int(name[-1]) > first, **way)  # type: ignore[arg-type]
+        found.append(after(engine, [8] * 6, bare(), LOSS, local=functools.partial(_AsOne, lr=0.5)))
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+    with pytest.raises(sf.SfumatoError, match="optimiser"):
+        after(sf.Simulation(way="stacked"), [8] * 6, bare(), LOSS, local=functools.partial(_AsOne, lr=0.5))
+
+
+def test_without_padding_a_normalised_model_may_be_stacked() -> None:
+    found = [
+        after(engine, [8] * 7, normalised(), LOSS)
+        for engine in (sf.Simulation(workers=1, way="stacked"), sf.Simulation(debug=True))
+    ]
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
