@@ -111,8 +111,8 @@ class Crew:
             ways = [ALONE]
         if not ways:
             raise InputError(
-                f'This federation cannot run its clients "{engine.way}": the model draws random numbers, or the optimiser of the '
-                "clients is not known to treat each weight alone. Leave way out."
+                f'This federation cannot run its clients "{engine.way}": the model draws random numbers, or the optimiser of '
+                "the clients is not known to treat each weight alone. Leave way out."
             )
         self._chooser = Chooser(ways, sorted(counts), task.size)
         self._pools: dict[int, ThreadPoolExecutor] = {}
