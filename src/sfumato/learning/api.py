@@ -100,8 +100,8 @@ def rounds(
 ) -> Training:  # fmt: skip
     """Return the training of one model by a federation, to be stepped through.
 
-    Under `torchrun` all processes share the one run, as for `steps`: each runs its own clients. Where one fails, or the unit is
-    the record, or clients keep something that a checkpoint would have to hold, all stop with the reason.
+    Under `torchrun` all processes share the one run, as for `steps`, and each runs its own clients. This needs unit "client",
+    noise at the server, and no checkpoint if the algorithm lets clients keep something of their own.
 
     Args:
         model: The server's model, trained in place.

@@ -93,8 +93,7 @@ class SharedRounds(SharedProcedure):
     @property
     @override
     def is_void(self) -> bool:
-        # A private round is void through rank 0, which uses its draw up; the others have nothing to use in `apply`.
-        return self._rounds.is_void and (self.leads or not self._rounds.is_private)
+        return self._rounds.is_void
 
     @override
     def void(self) -> None:
@@ -114,8 +113,7 @@ class SharedRounds(SharedProcedure):
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:
-        if not self._rounds.is_void:
-            self._use(self._rounds.released_mean(released), self._rounds.terms.rate)
+        self._use(self._rounds.released_mean(released), self._rounds.terms.rate)
 
     @override
     def plain(self, step: int) -> None:

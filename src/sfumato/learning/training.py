@@ -262,7 +262,11 @@ class Training(Iterator[Step]):
     def _private_step(self, terms: Terms) -> None:
         contributions = self._procedure.contributions(self._position)
         if self._procedure.is_void:
-            self._skip_void()
+            self._void += 1
+            if self._procedure.leads:
+                self._skip_void()
+            else:
+                self._position += 1
             return
         released = self._release(contributions, terms) if self._procedure.leads else {}
         # Sensitive until here; what follows is post-processing.
@@ -279,7 +283,6 @@ class Training(Iterator[Step]):
         assert self._charge is not None
         self._charge.take()
         self._procedure.void()
-        self._void += 1
         self._position = self._charge.position
 
     def _begin_charge(self) -> None:
