@@ -94,7 +94,7 @@ def test_every_process_has_the_models_of_all_clients_when_the_run_ends(
 def test_a_void_round_is_void_on_every_rank(two: Outcome, tmp_path: Path) -> None:
     alone = cases.rounds_void(tmp_path)
     assert alone["void"] == alone["plain"]["void"] == 2
-    for rank, found in enumerate(two["rounds_void"]):
+    for found in two["rounds_void"]:
         torch.testing.assert_close(found["plain"]["model"], alone["plain"]["model"], rtol=1e-6, atol=1e-6)
         assert found["plain"]["void"] == 2
         assert found["void"] == 2
