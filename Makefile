@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEEDS ?= 20
 OUT ?= runs/demo
 
-.PHONY: demo test check bench-randomness bench-gradients bench-mnist bench-accounting bench-policies bench-federation clean
+.PHONY: demo test check bench-randomness bench-gradients bench-mnist bench-accounting bench-policies bench-federation bench-hospitals bench-writers clean
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,12 @@ bench-policies: .venv/.run  ## noise policies and schedules against fixed noise;
 
 bench-federation: .venv/.run  ## one federated round beside pfl, Flower and a plain loop; ARGS="--tasks logistic mlp" for less
 	$(BIN)/python bench/federation.py $(ARGS)
+
+bench-hospitals: .venv/.run  ## federated algorithms on the hospitals, beside training alone and pooled
+	$(BIN)/python bench/hospitals.py $(ARGS)
+
+bench-writers: .venv/.run  ## MNIST by writer, with and without privacy; needs SFUMATO_DATA, the folder of mnist/ and qmnist_writers/
+	$(BIN)/python bench/writers.py $(ARGS)
 
 clean:
 	rm -rf .venv bench/.envs runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
