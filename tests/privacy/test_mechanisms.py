@@ -358,7 +358,7 @@ def test_no_file_but_the_mechanisms_draws_noise() -> None:
     root = Path(sfumato.__file__).parent
     files = sorted(root.rglob("*.py"))
     mechanisms, randomness = root / "privacy" / "mechanisms.py", root / "privacy" / "randomness.py"
-    # Deals public or made-up records out to simulated clients by a seed: nothing there is released, and it says so by its imports.
+    # Deals records out to simulated clients by a seed: nothing there is released, as its imports show.
     partitions = root / "data" / "partitions.py"
     assert {mechanisms, randomness, partitions} <= set(files)
     assert "sfumato.privacy" not in partitions.read_text(encoding="utf-8")
