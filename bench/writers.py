@@ -8,7 +8,8 @@ is added by the server. "noise" is the expected length of the noise on the mean 
 All arms share model, rounds, cohorts' size and local batches; learning rates and clip norms were chosen by hand for each arm,
 on seed 0 and by the accuracy on the test part, which no epsilon covers; the table's seeds are others. The intervals are t
 intervals over seeds, so they speak of weights, cohorts and noise, not of other writers. The random numbers are seeded, which
-protects nobody; the records are public.
+protects nobody; the records are public. The engine takes the way of running clients that it measures as fastest, and ways round
+differently, so the same seed ends some hundredths of a point away from itself.
 
 Usage: SFUMATO_DATA=FOLDER python bench/writers.py [--seeds 3] [--arms NAME ...] [--quick] [--threads 1]
                                                    [--out bench/results/writers.json]
