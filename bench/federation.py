@@ -37,7 +37,7 @@ from typing import Any
 from federation_models import ALL, MEMORY, POPULATIONS, SIZES, TASKS
 from federation_worker import ENGINES, THREADS
 
-from gradients import StepError, Worker
+from gradients import StepError, Worker, set_up
 from sfumato.report.describe import describe_machine
 
 HERE = Path(__file__).parent
@@ -160,27 +160,6 @@ def python_of(engine: str) -> Path:
     return Path(sys.executable) if folder is None else folder / "bin" / "python"
 
 
-def set_up(folder: Path) -> str | None:
-    """Make the environment that the requirements of its name describe, unless it is there; return what went wrong.
-
-    Both peers want other versions than ours (of dp-accounting, packaging, rich), so their files pin what matters.
-    """
-    requirements = HERE / f"requirements-{folder.name}.txt"
-    ready = folder / ".ready"
-    if ready.exists() and ready.read_text() == requirements.read_text():
-        return None
-    print(f"Setting up {requirements.name} in {folder} ...", flush=True)
-    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements)]
-    for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [str(folder / "bin" / "python"), *install]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it said nothing"]
-            why = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            return f"the environment of {requirements.name} could not be made: {why}"
-    ready.write_text(requirements.read_text())
-    return None
-
-
 def started(
     names: Iterable[str], task: str, folder: Path, errors: dict[str, str], stack: ExitStack
 ) -> dict[str, Engine]:
@@ -273,7 +252,8 @@ HEAD = f"{'task':18} {'engine':8} {'round s':>9} {'fastest':>9} {'first s':>9} {
 
 
 def compare_engines(asked: argparse.Namespace) -> None:
-    failed = {folder: set_up(folder) for name in asked.engines if (folder := environment_of(name)) is not None}
+    # Both peers want other versions than ours (of dp-accounting, packaging, rich), so their files pin what matters.
+    failed = {folder: set_up(folder, None) for name in asked.engines if (folder := environment_of(name)) is not None}
     broken = {name: why for name in asked.engines if (why := failed.get(environment_of(name)))}
     rows: list[Row] = []
     libraries: dict[str, Any] = {}

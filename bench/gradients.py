@@ -92,7 +92,7 @@ def python_of(mode: str) -> Path:
     return Path(sys.executable) if folder is None else folder / "bin" / "python"
 
 
-def set_up(folder: Path) -> str | None:
+def set_up(folder: Path, constraints: Path | None = HERE.parent / "constraints.txt") -> str | None:
     """Make the environment that the requirements of its name describe, unless it is there; return what went wrong."""
     requirements = HERE / f"requirements-{folder.name}.txt"
     ready = folder / ".ready"
@@ -100,7 +100,7 @@ def set_up(folder: Path) -> str | None:
         return None
     print(f"Setting up {requirements.name} in {folder} ...", flush=True)
     install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pins = ["-c", str(HERE.parent / "constraints.txt"), "-r", str(requirements)]
+    pins = [*(("-c", str(constraints)) if constraints else ()), "-r", str(requirements)]
     for command in (
         [sys.executable, "-m", "venv", "--clear", str(folder)],
         [str(folder / "bin" / "python"), *install, *pins],

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sfumato as sf
 from sfumato.errors import SfumatoError
-from sfumato.learning import central, client_rounds, distributed, distributed_rounds
+from sfumato.learning import central, client_rounds, distributed
 from sfumato.privacy.randomness import RandomSource
 
 Result = dict[str, Any]
@@ -477,12 +477,12 @@ def rounds_refused(folder: Path) -> Result:
 
 
 def rounds_too_many(folder: Path) -> Result:
-    honest = distributed_rounds.MAX_UNITS
-    distributed_rounds.MAX_UNITS = 11
+    honest = client_rounds.MAX_UNITS
+    client_rounds.MAX_UNITS = 11
     try:
         return {"error": attempt(lambda: next(started(toy_plan(4.0, 12, 12, 2, unit="client"))))}
     finally:
-        distributed_rounds.MAX_UNITS = honest
+        client_rounds.MAX_UNITS = honest
 
 
 def rounds_failure(folder: Path) -> Result:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 import sfumato as sf
+from sfumato.learning.local_training import LocalTraining
 
 LOSS = nn.functional.cross_entropy
 
@@ -36,3 +39,11 @@ def sgd(model: nn.Module, lr: float = 0.5) -> torch.optim.SGD:
 
 def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def expected_steps(training: LocalTraining, records: int) -> int:
+    """Return how many steps a client with so many records takes, said again in plain words."""
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None
+    return training.epochs * math.ceil(records / min(training.batch_size or records, records))

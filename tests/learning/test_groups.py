@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import expected_steps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -249,7 +250,7 @@ def check(
         assert found.weights.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.allclose(found.weights[name], value, rtol=0, atol=1e-9), name
-        assert found.steps.tolist() == [training.steps_of(len(one)) for one in records]
+        assert found.steps.tolist() == [expected_steps(training, len(one)) for one in records]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 

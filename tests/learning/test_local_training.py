@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import expected_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,7 +41,7 @@ def test_in_epochs_every_record_is_used_once_an_epoch(
         steps = steps_of(batches, row)
         full = min(size or records, records)
         per_epoch = math.ceil(records / full)
-        assert len(steps) == per_epoch * epochs == training.steps_of(records)
+        assert len(steps) == per_epoch * epochs == expected_steps(training, records)
         for first in range(0, len(steps), per_epoch):
             epoch = steps[first : first + per_epoch]
             assert [len(step) for step in epoch[:-1]] == [full] * (per_epoch - 1)
@@ -58,7 +59,7 @@ def test_in_steps_every_batch_is_full_and_the_rest_of_an_epoch_is_dropped(
         taken = steps_of(batches, row)
         full = min(size or records, records)
         assert [len(step) for step in taken] == [full] * steps
-        assert training.steps_of(records) == steps
+        assert expected_steps(training, records) == steps
         per_epoch = records // full
         for first in range(0, steps, per_epoch):
             used = [record for step in taken[first : first + per_epoch] for record in step]

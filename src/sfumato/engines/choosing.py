@@ -87,7 +87,7 @@ class Chooser:
         return min(self._trials, key=lambda trial: trial.best).choice
 
     @contextlib.contextmanager
-    def timed(self, clients: int) -> Iterator[Watch]:
+    def timed(self) -> Iterator[Watch]:
         """Time the present choice on some clients, and go on to the next choice when it is known well enough."""
         watch, trial = Watch(), self._trials[self._at]
         start = time.perf_counter()

@@ -135,7 +135,7 @@ class Crew:
                 yield from self._all(present[left:], step, choice)
                 return
             some = present[left : left + choice.chunk * choice.workers]
-            with self._chooser.timed(len(some)) as watch:
+            with self._chooser.timed() as watch:
                 records = self._records(some, step)
                 watch.records = sum(len(one) for one in records)
                 answers = self._tried(some, records, step, choice)

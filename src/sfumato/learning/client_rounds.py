@@ -81,15 +81,15 @@ class ClientRounds(Procedure):
         self._draws = plan.sampler.start(count, federation.source) if federation.counts_clients else None
         self._asked = self._answered = 0
         self._hints, self._key = Hints(), 0
-        ways = [ALONE]
+        serial, ways = draws_numbers(model), [ALONE]
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             ways.insert(0, CHANNELS_LAST)
-        if algorithm.is_stackable and not draws_numbers(model):
+        if algorithm.is_stackable and not serial:
             ways.insert(0, STACKED)
         self._runner = federation.engine.start(
             Task(
                 federation.clients, self._work, tuple(ways), self._agrees,
-                sum(value.numel() for value in self._shapes.values()), draws_numbers(model),
+                sum(value.numel() for value in self._shapes.values()), serial,
             )
         )  # fmt: skip
         self.use_terms(plan.terms(0))
@@ -138,7 +138,7 @@ class ClientRounds(Procedure):
         """Return the clients of step `step`, and the random number that decides the order of their records."""
         cohort = self._cohort(step)
         if self.is_private and len(cohort) > MAX_UNITS:
-            raise PlanError(f"A private round may sum at most {MAX_UNITS} clients; make the cohort smaller.")
+            raise PlanError(f"A private cohort may hold at most {MAX_UNITS} clients; lower the batch size.")
         return cohort, int(self._federation.source.words(1))
 
     def ask(self, clients: Sequence[int], key: int, step: int) -> Answer:
@@ -150,7 +150,7 @@ class ClientRounds(Procedure):
         """Take note of how a round went, and, unless it is void, of what its clients keep."""
         self._asked, self._answered = asked, answer.answered
         self.refused += answer.refused
-        self.nonfinite += 0 if self._federation.plan.is_private else answer.nonfinite
+        self.nonfinite += 0 if self.is_private else answer.nonfinite
         if not self.is_void:
             self._kept.update(answer.kept)
 
@@ -180,8 +180,7 @@ class ClientRounds(Procedure):
     def _computed(
         self, clients: Sequence[int], records: Sequence[Records], way: str
     ) -> tuple[Answer, dict[str, Tensor]]:
-        private = self._federation.plan.is_private
-        with running(self._federation.model, "on a client's records", quote=not private):
+        with running(self._federation.model, "on a client's records", quote=not self.is_private):
             group = Group(self._federation.model, self._federation.loss, clients, records, self._key, way, self._hints)
             work = self._algorithm.client(group, self._server.shared, self._kept_by(clients))
         vectors = {name: work.vectors[name] for name in self._shapes if name in work.vectors}
@@ -192,7 +191,7 @@ class ClientRounds(Procedure):
         if wrong:
             return Answer({}, 0.0, 0, refused=len(clients)), {}
         weights = self._weighting.of(group.sizes).to(next(iter(vectors.values())).device)
-        if private:
+        if self.is_private:
             return self._bounded(clients, vectors, weights, work.kept), vectors
         broken = torch.zeros(len(clients), dtype=torch.bool, device=weights.device)
         for value in vectors.values():
@@ -210,10 +209,9 @@ class ClientRounds(Procedure):
         self, clients: Sequence[int], vectors: dict[str, Tensor], weights: Tensor, kept: Mapping[str, Tensor]
     ) -> Answer:
         clipping = self.terms.bounded
-        nobody = torch.zeros(len(clients), dtype=torch.bool)
+        kept_by = _kept_of(clients, kept, torch.zeros(len(clients), dtype=torch.bool))
         if self.aggregation.takes_total:
             bounded, broken = clip_vectors(vectors, clipping, weights)
-            kept_by = _kept_of(clients, kept, nobody)
             return Answer(bounded.value, float(weights.sum()), len(clients), broken, 0, kept_by)
         parts, nonfinite = {}, 0
         for row, number in enumerate(clients):
@@ -221,7 +219,7 @@ class ClientRounds(Procedure):
             part, broken = clip_vectors({n: value[one] for n, value in vectors.items()}, clipping, weights[one])
             parts[number] = part
             nonfinite += broken
-        return Answer({}, 0.0, len(clients), nonfinite, 0, _kept_of(clients, kept, nobody), parts)
+        return Answer({}, 0.0, len(clients), nonfinite, 0, kept_by, parts)
 
     def _agrees(self, clients: Sequence[int], records: Sequence[Records], way: str) -> bool:
         if way != STACKED:

@@ -9,16 +9,16 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from typing_extensions import override
 
 from sfumato import _checks
 from sfumato.errors import InputError, PlanError
 from sfumato.gradients.support import trainable
-from sfumato.learning.fedavg import AS_IT_IS, Averaging, local_training, moved
-from sfumato.learning.federated import Federation, Server, Work, made_for
+from sfumato.learning.fedavg import AS_IT_IS, Served, moved
+from sfumato.learning.federated import Federation, Server, Work
 from sfumato.learning.groups import Group
-from sfumato.learning.local_training import LocalTraining, MakeOptimizer
+from sfumato.learning.local_training import MakeOptimizer
 from sfumato.privacy.bounded import Tensors
 
 _CONTROL = ".control "  # in front of a parameter's name; no parameter's own name has a blank
@@ -27,7 +27,7 @@ _NORMALISER = ".normaliser"
 
 @final
 @dataclass(frozen=True)
-class Scaffold(Averaging):
+class Scaffold(Served):
     """Clients correct their steps by how their own gradients differ from everybody's (Karimireddy et al. 2020, option II).
 
     Each client keeps a control variate, the server keeps their mean. A client hands in its update and the change of its
@@ -58,11 +58,6 @@ class Scaffold(Averaging):
                 "functools.partial(torch.optim.SGD, lr=...) without momentum or weight decay."
             )
 
-    @cached_property
-    @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
-
     @override
     def shared(self, model: nn.Module) -> dict[str, Tensor]:
         return {_CONTROL + name: torch.zeros_like(value) for name, value in trainable(model).items()}
@@ -91,10 +86,6 @@ class Scaffold(Averaging):
         return Work(vectors, controls)
 
     @override
-    def server_optimizer(self, model: nn.Module) -> Optimizer:
-        return made_for(model, self.server)
-
-    @override
     def update(self, server: Server, mean: Tensors, share: float) -> None:
         for name, control in server.shared.items():
             control.add_(mean[name].to(control.dtype), alpha=share)
@@ -103,7 +94,7 @@ class Scaffold(Averaging):
 
 @final
 @dataclass(frozen=True)
-class FedNova(Averaging):
+class FedNova(Served):
     """Updates are divided by how far each client's steps could have gone before they are averaged (Wang et al. 2020).
 
     Clients that take more steps no longer pull the average to themselves. With SGD of momentum rho and tau steps the normaliser
@@ -133,11 +124,6 @@ class FedNova(Averaging):
         if self.effective_steps is not None:
             _checks.positive("effective_steps", self.effective_steps)
         _ = self._momentum
-
-    @cached_property
-    @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
 
     @cached_property
     def _momentum(self) -> float:
@@ -180,10 +166,6 @@ class FedNova(Averaging):
         if self.effective_steps is None:
             vectors[_NORMALISER] = normaliser
         return Work(vectors)
-
-    @override
-    def server_optimizer(self, model: nn.Module) -> Optimizer:
-        return made_for(model, self.server)
 
     @override
     def update(self, server: Server, mean: Tensors, share: float) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sfumato.errors import PlanError, ProcessError
+from sfumato.errors import ProcessError
 from sfumato.gradients.clipped import ClippedSum
-from sfumato.gradients.clipping import MAX_UNITS, UNCLIPPED
+from sfumato.gradients.clipping import UNCLIPPED
 from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.distributed import SharedProcedure, Team, split
 from sfumato.learning.federated import Answer
@@ -170,8 +170,6 @@ class SharedRounds(SharedProcedure):
             cohort, said = self._team.told(None)
             return cohort, int(said)
         drawn, key = self._rounds.draw(step)
-        if self._rounds.is_private and len(drawn) > MAX_UNITS:
-            raise PlanError(f"A private cohort may hold at most {MAX_UNITS} clients; lower the batch size.")
         return self._team.told(torch.tensor(drawn, dtype=torch.int64), str(key))[0], key
 
     def _shapes_of_total(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import nn
@@ -30,12 +30,46 @@ AS_IT_IS: MakeOptimizer = functools.partial(SGD, lr=1.0)
 
 
 class Averaging(ClientAlgorithm):
-    """Every client trains from the server's model and hands in how far it went."""
+    """Every client trains from the server's model and hands in how far it went.
+
+    A kind is a frozen dataclass that has what follows as fields, or derives it.
+    """
+
+    if TYPE_CHECKING:  # at run time these would hide fields without a default
+
+        @property
+        def local(self) -> MakeOptimizer:
+            """Makes a client's optimiser, anew in every round."""
+            ...
+
+        @property
+        def local_steps(self) -> int | None:
+            """Steps of a client in a round; 1 if neither steps nor epochs are given."""
+
+        @property
+        def local_epochs(self) -> int | None:
+            """Passes over the client's records, in place of `local_steps`."""
+
+        @property
+        def batch_size(self) -> int | None:
+            """Records of a step; None means all of the client's."""
 
     @property
-    @abstractmethod
+    def proximal(self) -> float:
+        """How strongly a client is pulled back to the server's model."""
+        return 0.0
+
+    def __post_init__(self) -> None:
+        _ = self.training  # refuses what does not go together
+
+    @cached_property
     def training(self) -> LocalTraining:
         """What a client does."""
+        return self._trained(self.proximal)
+
+    def _trained(self, proximal: float) -> LocalTraining:
+        steps = 1 if self.local_steps is None and self.local_epochs is None else self.local_steps
+        return LocalTraining(self.local, steps, self.local_epochs, self.batch_size, proximal)
 
     @property
     @override
@@ -66,6 +100,21 @@ class Averaging(ClientAlgorithm):
         return ClientRounds(federation, noise, self)
 
 
+class Served(Averaging):
+    """An `Averaging` whose server's optimiser is the caller's choice."""
+
+    if TYPE_CHECKING:  # as above
+
+        @property
+        def server(self) -> MakeOptimizer:
+            """Makes the server's optimiser for the averaged update."""
+            ...
+
+    @override
+    def server_optimizer(self, model: nn.Module) -> Optimizer:
+        return made_for(model, self.server)
+
+
 def moved(group: Group, ends: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return start - end for each client, which points like a gradient; uses `ends` up."""
     start = group.sent()
@@ -74,7 +123,7 @@ def moved(group: Group, ends: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 @final
 @dataclass(frozen=True)
-class FedAvg(Averaging):
+class FedAvg(Served):
     """Clients train on their own, then their models are averaged (McMahan et al. 2017).
 
     With unit "client" (and without privacy) a step of the plan is a round: each client's update is clipped as a whole, and
@@ -99,18 +148,6 @@ class FedAvg(Averaging):
     batch_size: int | None = None
     server: MakeOptimizer = AS_IT_IS
     local_epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        _ = self.training
-
-    @cached_property
-    @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
-
-    @override
-    def server_optimizer(self, model: nn.Module) -> Optimizer:
-        return made_for(model, self.server)
 
     @override
     def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
@@ -154,12 +191,7 @@ class FedAvgM(Averaging):
     def __post_init__(self) -> None:
         _checks.fraction("momentum", self.momentum, allow_zero=True)
         _checks.positive("server_lr", self.server_lr)
-        _ = self.training
-
-    @cached_property
-    @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
+        super().__post_init__()
 
     @override
     def server_optimizer(self, model: nn.Module) -> Optimizer:
@@ -168,7 +200,7 @@ class FedAvgM(Averaging):
 
 @final
 @dataclass(frozen=True)
-class FedProx(Averaging):
+class FedProx(Served):
     """FedAvg whose clients are pulled back to the server's model (Li et al. 2020).
 
     Args:
@@ -192,16 +224,12 @@ class FedProx(Averaging):
 
     def __post_init__(self) -> None:
         _checks.positive("mu", self.mu)
-        _ = self.training
+        super().__post_init__()
 
-    @cached_property
+    @property
     @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size, self.mu)
-
-    @override
-    def server_optimizer(self, model: nn.Module) -> Optimizer:
-        return made_for(model, self.server)
+    def proximal(self) -> float:
+        return self.mu
 
 
 @dataclass(frozen=True)
@@ -232,18 +260,13 @@ class Adaptive(Averaging):
     local_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        self._make([nn.Parameter(torch.zeros(1))])
-        _ = self.training
+        self._make([nn.Parameter(torch.zeros(1))])  # refuses numbers that are out of range
+        super().__post_init__()
 
     @property
     @abstractmethod
     def kind(self) -> str:
         """One of `server_optimizers.KINDS`."""
-
-    @cached_property
-    @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
 
     @property
     def _make(self) -> MakeOptimizer:
@@ -275,10 +298,3 @@ class FedAdagrad(Adaptive):
     """`Adaptive` whose second moments are those of Adagrad; its arguments are those of `Adaptive`."""
 
     kind = "adagrad"
-
-
-def local_training(
-    local: MakeOptimizer, steps: int | None, epochs: int | None, batch_size: int | None, proximal: float = 0.0
-) -> LocalTraining:
-    """Return what a client does; one step if neither steps nor epochs are given."""
-    return LocalTraining(local, 1 if steps is None and epochs is None else steps, epochs, batch_size, proximal)

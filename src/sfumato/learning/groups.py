@@ -391,11 +391,9 @@ class _Descent:
             if self._rate is None:
                 self._optimized(weights, buffers, batch, pull)
             else:
-                self._plain(weights, buffers, batch, pull, self._rate)
+                self._plain(weights, buffers, batch, pull)
 
-    def _plain(
-        self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: _Batch, pull: _Pull, rate: float
-    ) -> None:
+    def _plain(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: _Batch, pull: _Pull) -> None:
         fused = self._hints.fused or frozenset()
         kept = {name: value.clone() for name, value in buffers.items()} if fused else {}
         try:
@@ -419,7 +417,7 @@ class _Descent:
                 if pull.is_idle:
                     continue
                 gradient = torch.zeros_like(weight)
-            weight.sub_(pull.on(name, gradient, weight), alpha=rate)
+            weight.sub_(pull.on(name, gradient, weight), alpha=self._sink.rate)
 
     def _watched(
         self,

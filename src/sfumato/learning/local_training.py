@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,13 +78,6 @@ class LocalTraining:
         optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
         hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         return type(optimizer) in _BY_ELEMENT and not hooked
-
-    def steps_of(self, records: int) -> int:
-        """Return how many steps a client with so many records takes."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return self.epochs * math.ceil(records / min(self.batch_size or records, records))
 
 
 @final

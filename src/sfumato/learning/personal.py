@@ -8,14 +8,13 @@ from functools import cached_property
 from typing import final
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from sfumato import _checks
 from sfumato.errors import InputError
 from sfumato.gradients.support import trainable
-from sfumato.learning.fedavg import AS_IT_IS, Averaging, local_training, moved
-from sfumato.learning.federated import Federation, Work, made_for
+from sfumato.learning.fedavg import AS_IT_IS, Served, moved
+from sfumato.learning.federated import Federation, Work
 from sfumato.learning.groups import Group, running_statistics
 from sfumato.learning.local_training import LocalTraining, MakeOptimizer
 from sfumato.privacy.bounded import Tensors
@@ -23,7 +22,7 @@ from sfumato.privacy.bounded import Tensors
 
 @final
 @dataclass(frozen=True)
-class Ditto(Averaging):
+class Ditto(Served):
     """FedAvg, and beside it each client trains a model of its own that is pulled to the server's (Li et al. 2021).
 
     A client's own model never leaves it, so it is in no release and under no promise towards the client itself.
@@ -49,16 +48,11 @@ class Ditto(Averaging):
 
     def __post_init__(self) -> None:
         _checks.positive("pull", self.pull)
-        _ = self.training
-
-    @cached_property
-    @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
+        super().__post_init__()
 
     @cached_property
     def _own(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size, self.pull)
+        return self._trained(self.pull)
 
     @override
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
@@ -70,17 +64,13 @@ class Ditto(Averaging):
         return Work(moved(group, group.train(self.training, {}).weights), {name: own[name] for name in kept})
 
     @override
-    def server_optimizer(self, model: nn.Module) -> Optimizer:
-        return made_for(model, self.server)
-
-    @override
     def personal(self, model: nn.Module, kept: Tensors) -> dict[str, Tensor]:
         return dict(kept)
 
 
 @final
 @dataclass(frozen=True)
-class FedPer(Averaging):
+class FedPer(Served):
     """FedAvg of the base of a model, while each client keeps its own last layers (Arivazhagan et al. 2019).
 
     The personal layers never leave the client; the server's model keeps the ones it began with.
@@ -107,12 +97,7 @@ class FedPer(Averaging):
     def __post_init__(self) -> None:
         if not isinstance(self.personal_layers, tuple) or not self.personal_layers:
             raise InputError('personal_layers must be a tuple of names of layers, for example ("head",).')
-        _ = self.training
-
-    @cached_property
-    @override
-    def training(self) -> LocalTraining:
-        return local_training(self.local, self.local_steps, self.local_epochs, self.batch_size)
+        super().__post_init__()
 
     @override
     def check(self, federation: Federation) -> None:
@@ -139,10 +124,6 @@ class FedPer(Averaging):
         ends = group.train(self.training, kept).weights
         own = {name: ends.pop(name) for name in kept}
         return Work(moved(group, ends), own)
-
-    @override
-    def server_optimizer(self, model: nn.Module) -> Optimizer:
-        return made_for(model, self.server)
 
     @override
     def personal(self, model: nn.Module, kept: Tensors) -> dict[str, Tensor]:

@@ -152,18 +152,8 @@ class Plan:
         _checks.count("batch_size", batch_size)
         _check_shapes(noise, clips, rates)
         count = _steps(steps, epochs, population, batch_size)
-        if (separation is None) == (sampling == "min-separation") or (
-            participations is not None and separation is None
-        ):
-            raise PlanError(
-                'separation and participations belong to "min-separation" sampling, where separation has to be given.'
-            )
-        if separation is not None:
-            room = math.ceil(count / _checks.count("separation", separation))
-            most = room if participations is None else participations
-            sampler: Sampler = MinSeparation(batch_size, population, separation, most).scheduled(rates, count)
-        else:
-            sampler = _sampler(sampling, population, batch_size, max_batch).scheduled(rates, count)
+        sampler = _sampler(sampling, population, batch_size, count, max_batch, separation, participations)
+        sampler = sampler.scheduled(rates, count)
         budget.check_population(population)
         if not budget.is_private:
             return cls(budget, sampler, math.inf, 0.0, count, population, clipping, noise, clips)
@@ -350,7 +340,10 @@ def _shape(noise: Schedule | PublicPolicy, budget: Budget, sampler: Sampler, ste
     )
 
 
-def _sampler(sampling: str, population: int, batch_size: int, max_batch: int | None) -> Sampler:
+def _sampler(
+    sampling: str, population: int, batch_size: int, steps: int, max_batch: int | None, separation: int | None,
+    participations: int | None,
+) -> Sampler:  # fmt: skip
     if not isinstance(sampling, str) or sampling not in _SAMPLING:
         raise PlanError(f"sampling {sampling!r} is unknown.{_checks.did_you_mean(str(sampling), _SAMPLING)}")
     if batch_size > population:
@@ -362,6 +355,13 @@ def _sampler(sampling: str, population: int, batch_size: int, max_batch: int | N
             f"max_batch {max_batch} is below batch_size {batch_size}, so nearly every batch would be cut, at many times the "
             "cost; leave room for about four times the root of batch_size."
         )
+    if (separation is None) == (sampling == "min-separation") or (participations is not None and separation is None):
+        raise PlanError(
+            'separation and participations belong to "min-separation" sampling, where separation has to be given.'
+        )
+    if separation is not None:
+        room = math.ceil(steps / _checks.count("separation", separation))
+        return MinSeparation(batch_size, population, separation, room if participations is None else participations)
     if sampling == "shuffled":
         return Shuffled(batch_size, population)
     if max_batch is not None:
