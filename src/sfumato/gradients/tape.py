@@ -254,6 +254,10 @@ class Tape(TorchFunctionMode):
         """Tell whether a value differs by record."""
         return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
 
+    def can_open(self, value: Tensor) -> bool:
+        """Tell whether a value differs by record, and by nothing else, so that `open` takes it."""
+        return self.has_records(value) and _functorch.maybe_get_level(value) == self._level
+
     def open(self, value: Tensor) -> Tensor:
         """Return the values of all records, shape (records, *shape that the model sees)."""
         if _functorch.maybe_get_level(value) != self._level:

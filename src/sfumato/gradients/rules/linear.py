@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.gradients.rules.registry import rule
+from sfumato.gradients.rules.registry import rule, together
 from sfumato.gradients.tape import Kept, Tape, Weight
 from sfumato.gradients.terms.held import Given
 from sfumato.gradients.terms.product import Product
@@ -33,6 +33,17 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
         yield from matrix_terms(w, b, kept, gradient)
 
     tape.note("linear", (w, b), (x,), (out,), terms)
+    return tape.close(out.view(*x.shape[:-1], len(weight)))
+
+
+@together(F.linear)
+def frozen_linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Compute `torch.nn.functional.linear` of frozen weights in one product; vmap would add the bias in a pass of its own."""
+    if not tape.can_open(input) or tape.has_records(weight) or tape.has_records(bias) or weight.dim() != 2:
+        return NotImplemented
+    x = tape.open(input)
+    out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    tape.bytes += out.nbytes
     return tape.close(out.view(*x.shape[:-1], len(weight)))
 
 
