@@ -160,3 +160,20 @@ def test_a_parameter_may_have_any_name_beside_a_computed_one() -> None:
     slow = clipped_gradient_sum(model, squares, features, targets, clipping=Clipping(0.1)).bounded.value
     for name, tensor in slow.items():
         assert torch.allclose(fast[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_number_for_each_record_is_not_taken_for_a_vector_over_the_records(frozen: bool) -> None:
+    """As many inputs as records: opened, the numbers of all records would fit a layer that none of them fits alone."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixes, self.head = nn.Linear(4, 4, bias=False).requires_grad_(not frozen), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) + nn.functional.linear(x.sum(), self.mixes.weight).sum()
+
+    private = PrivateGradient(with_values(Mixing(), 1), squares, Clipping(1.0))
+    with pytest.raises(UnsupportedModelError, match="RuntimeError"):
+        private.sum(normals(1, 4, 3), normals(2, 4))

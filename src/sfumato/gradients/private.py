@@ -32,7 +32,9 @@ _MOST_RECORDS = (
 _FEW = 16  # microbatches whose sums may be added in the model's own dtype
 _SMALL = 4096  # coordinates of a parameter that is handled together with others
 _JOINED = ""  # no parameter has an empty name
-_SHARE = 1.25  # of what plain training would hold by a rough count: the measured peaks are then about the same, or lower
+_SHARE = (
+    1.25  # of what plain training would hold by a rough count: the measured peaks are then about the same, or lower
+)
 _FIRST = 8  # records of the first microbatch, which tells how much memory a record takes
 _LEAST, _MOST = 2**25, 2**28  # bytes of a microbatch unless told: what is smaller or larger is no faster
 

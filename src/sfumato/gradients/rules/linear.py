@@ -19,7 +19,7 @@ from sfumato.gradients.terms.term import Term, wide
 @rule(F.linear)
 def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Follow `torch.nn.functional.linear`."""
-    if not tape.has_records(input) or tape.has_records(weight) or tape.has_records(bias) or weight.dim() != 2:
+    if not tape.has_records(input) or not _is_layer(tape, input, weight, bias):
         return NotImplemented
     x = tape.open(input)
     w, b = tape.weight(weight), tape.weight(bias)
@@ -39,12 +39,17 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
 @together(F.linear)
 def frozen_linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Compute `torch.nn.functional.linear` of frozen weights in one product; vmap would add the bias in a pass of its own."""
-    if not tape.can_open(input) or tape.has_records(weight) or tape.has_records(bias) or weight.dim() != 2:
+    if not tape.can_open(input) or not _is_layer(tape, input, weight, bias):
         return NotImplemented
     x = tape.open(input)
     out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
     tape.bytes += out.nbytes
     return tape.close(out.view(*x.shape[:-1], len(weight)))
+
+
+def _is_layer(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    # A number for each record, without dimensions, torch refuses; opened it would be a vector over the records.
+    return input.dim() > 0 and weight.dim() == 2 and not tape.has_records(weight) and not tape.has_records(bias)
 
 
 @rule(torch.addmm)
