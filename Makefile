@@ -21,7 +21,7 @@ demo: .venv/.run  ## the main job: four hospitals, one model, one budget
 	$(BIN)/sfumato demo --seeds $(SEEDS) --out $(OUT)
 
 test: .venv/.dev  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.dev  ## style, types, import rules
 	$(BIN)/ruff check .

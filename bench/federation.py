@@ -10,7 +10,11 @@ plain loop's does has not done the work, and is told as failed.
 mapped from files (libraries and the records), which they share.
 
 Two parts for sfumato alone: `--population`, rounds of 1,000 clients from 10,000 and from 1,000,000; `--memory`, the
-memory that is held over 1,000 rounds.
+memory that is held over 1,000 rounds: looked at after each round, once Python's garbage is collected. Its growth is that of
+the median of the last 100 rounds over the median of rounds 51 to 150, beside the least-squares slope from round 51 on.
+
+Rows are written after every turn. A file keeps its rows of other tasks and engines; the file beside it, `-machine.json`,
+says for each row where and with what it was taken.
 
 Usage: python bench/federation.py [--tasks logistic mlp] [--engines plain sfumato] [--turns 5] [--quick] [--out FILE]
        python bench/federation.py --population | --memory [--quick] [--out FILE]
@@ -24,13 +28,15 @@ import contextlib
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,7 @@ from federation_models import ALL, MEMORY, POPULATIONS, SIZES, TASKS
 from federation_worker import ENGINES, THREADS
 
 from gradients import StepError, Worker, set_up
+from sfumato._files import replace_file
 from sfumato.report.describe import describe_machine
 
 HERE = Path(__file__).parent
@@ -45,7 +52,8 @@ OURS = ("plain", "sfumato")
 WARM_UP = 2
 SECONDS = 2.0  # of a turn
 SAMPLE_EVERY = 0.02  # seconds between two looks at the memory
-MEMORY_ROUNDS, SETTLED, LOOK_EVERY = 1000, 100, 50
+MEMORY_ROUNDS, QUICK_ROUNDS = 1000, 250
+SETTLED, COMPARED, TOLD_EVERY = 50, 100, 50  # rounds that settle, rounds of a median that is compared, and of one told
 
 Row = dict[str, Any]
 
@@ -69,6 +77,7 @@ class Engine(Worker):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment,
         )  # fmt: skip
         self.times: list[float] = []
+        self.turns = 0
         self.usual = math.inf
         self.peak: float | None = None
         try:
@@ -91,10 +100,15 @@ class Engine(Worker):
         loss: float = self._ask("loss")["loss"]
         return loss
 
+    def collect(self) -> None:
+        """Have the engine's garbage collected."""
+        self._ask("collect")
+
     def turn(self) -> None:
         """Take the rounds of one turn."""
         # The first round of a turn finds the caches full of another process's data.
         self.times += self.take(1 + max(2, min(10, int(SECONDS / self.usual))))[1:]
+        self.turns += 1
 
     def watch(self) -> None:
         """Take rounds, and keep the most memory that the processes hold meanwhile."""
@@ -122,9 +136,28 @@ class Engine(Worker):
 
     def _ask(self, request: str) -> dict[str, Any]:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer tells why
-            print(request, file=self._process.stdin, flush=True)
-        return self._answer()
+        self._signal(signal.SIGCONT)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # the missing answer tells why
+                print(request, file=self._process.stdin, flush=True)
+            return self._answer()
+        finally:
+            # What waits must not compute: Ray's processes watch one another, and that takes some of a core.
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._signal(signal.SIGCONT)
+        super().close()
+
+    def _signal(self, which: signal.Signals) -> None:
+        for process in _tree(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, which)
+
+
+Key = tuple[str, str]  # task and engine
+Tell = Callable[[list[Row], Mapping[Key, Engine]], None]
 
 
 def _tree(process: int) -> Iterator[int]:
@@ -178,8 +211,8 @@ def started(
     return engines
 
 
-def in_turns(engines: dict[str, Engine], turns: int, errors: dict[str, str]) -> None:
-    """Time the engines in turns, then look at their memory; one that fails is taken out."""
+def in_turns(engines: dict[str, Engine], turns: int, errors: dict[str, str], told: Callable[[], None]) -> None:
+    """Time the engines in turns, then look at their memory; one that fails is taken out. Calls `told` after each."""
     for what in (*[Engine.turn] * turns, Engine.watch):
         for name, engine in list(engines.items()):
             try:
@@ -187,23 +220,29 @@ def in_turns(engines: dict[str, Engine], turns: int, errors: dict[str, str]) -> 
             except StepError as error:
                 errors[name] = str(error)
                 del engines[name]
+        told()
 
 
-def compare(task: str, names: list[str], turns: int, broken: dict[str, str]) -> tuple[list[Row], dict[str, Any]]:
-    """Return a row for each engine on one task, and the engines' libraries."""
+def compare(task: str, names: list[str], turns: int, broken: dict[str, str], tell: Tell) -> list[Row]:
+    """Return a row for each engine on one task; `tell` gets those that there are after each turn."""
     errors = dict(broken)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
             ALL[task].write(Path(folder))
         except OSError as error:
-            return [{"task": task, "engine": name, "error": str(error)} for name in names], {}
+            return [{"task": task, "engine": name, "error": str(error)} for name in names]
         engines = started(names, task, Path(folder), errors, stack)
-        in_turns(engines, turns, errors)
-        for name, engine in engines.items():
-            if why := idle(engine, engines.get("plain"), ALL[task].tolerance):
+        plain = engines.get("plain")
+        for name, engine in list(engines.items()):
+            if why := idle(engine, plain, ALL[task].tolerance):
                 errors[name] = why
-        rows = [_row(task, name, engines.get(name), errors.get(name)) for name in names]
-        return rows, {name: engine.versions for name, engine in engines.items()}
+                del engines[name]
+
+        def rows() -> list[Row]:
+            return [_row(task, name, engines.get(name), errors.get(name)) for name in names]
+
+        in_turns(engines, turns, errors, lambda: tell(rows(), {(task, name): one for name, one in engines.items()}))
+        return rows()
 
 
 def idle(engine: Engine, plain: Engine | None, tolerance: float) -> str | None:
@@ -255,84 +294,147 @@ def compare_engines(asked: argparse.Namespace) -> None:
     # Both peers want other versions than ours (of dp-accounting, packaging, rich), so their files pin what matters.
     failed = {folder: set_up(folder, None) for name in asked.engines if (folder := environment_of(name)) is not None}
     broken = {name: why for name in asked.engines if (why := failed.get(environment_of(name)))}
-    rows: list[Row] = []
-    libraries: dict[str, Any] = {}
     print(HEAD)
     for task in asked.tasks:
-        found, versions = compare(task, asked.engines, asked.turns, broken)
-        print(table(found), flush=True)
-        rows += found
-        libraries |= versions
-        # Written after every task, so that a run that is stopped keeps what it has.
-        write(asked, rows, libraries)
+        print(table(compare(task, asked.engines, asked.turns, broken, partial(write, asked))), flush=True)
 
 
 def compare_populations(asked: argparse.Namespace) -> None:
     """Time rounds of the same cohort from a small and a large population, in turns."""
-    rows: list[Row] = []
     print(HEAD)
     for model in sorted({name.rpartition("-")[0] for name in POPULATIONS}):
-        tasks = [f"{model}-{size}" for size in SIZES]
-        errors: dict[str, str] = {}
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            ALL[tasks[0]].write(Path(folder))
-            engines: dict[str, Engine] = {}
-            for task in tasks:
-                found = started(["sfumato"], task, Path(folder), errors, stack)
-                if errors:
-                    raise SystemExit(f"federation: {task}: {errors['sfumato']}")
-                engines[task] = found["sfumato"]
-            in_turns(engines, asked.turns, errors)
-            found_rows = [_row(task, "sfumato", engines.get(task), errors.get(task)) for task in tasks]
-        print(table(found_rows), flush=True)
-        if not errors:
-            small, large = (row["round_s"] for row in found_rows)
-            found_rows[1]["ratio_to_smaller"] = round(large / small, 4)
-            print(f"  {SIZES[1]:,} clients / {SIZES[0]:,} clients: {large / small:.3f}")
-        rows += found_rows
-        write(asked, rows)
+        rows = compare_sizes(model, asked.turns, partial(write, asked))
+        print(table(rows), flush=True)
+        if ratio := rows[-1].get("ratio_to_smaller"):
+            print(f"  {SIZES[1]:,} clients / {SIZES[0]:,} clients: {ratio:.3f}")
+
+
+def compare_sizes(model: str, turns: int, tell: Tell) -> list[Row]:
+    """Return a row for each population of one model; `tell` gets those that there are after each turn."""
+    tasks = [f"{model}-{size}" for size in SIZES]
+    errors: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        ALL[tasks[0]].write(Path(folder))
+        engines = {task: alone(task, Path(folder), stack) for task in tasks}
+
+        def rows() -> list[Row]:
+            found = [_row(task, "sfumato", engines.get(task), errors.get(task)) for task in tasks]
+            if not errors:
+                small, large = (row["round_s"] for row in found)
+                found[1]["ratio_to_smaller"] = round(large / small, 4)
+            return found
+
+        def told() -> None:
+            tell(rows(), {(task, "sfumato"): one for task, one in engines.items()})
+
+        in_turns(engines, turns, errors, told)
+        return rows()
+
+
+def alone(task: str, folder: Path, stack: ExitStack) -> Engine:
+    """Return sfumato's processes on one task."""
+    errors: dict[str, str] = {}
+    found = started(["sfumato"], task, folder, errors, stack)
+    if errors:
+        raise SystemExit(f"federation: {task}: {errors['sfumato']}")
+    return found["sfumato"]
 
 
 def watch_memory(asked: argparse.Namespace) -> None:
-    """Look at the memory that is held over many rounds."""
-    rounds = 2 * SETTLED if asked.quick else MEMORY_ROUNDS
-    rows: list[Row] = []
-    print(f"{'task':18} {'rounds':>7} {'MB after ' + str(SETTLED):>13} {'MB at end':>10} {'growth %':>9}")
+    """Look at the memory that is held after each of many rounds."""
+    rounds = QUICK_ROUNDS if asked.quick else MEMORY_ROUNDS
+    print("Memory that is held after a round, once garbage is collected, without what is mapped from files, in MB:")
+    print(
+        f"the median of rounds {SETTLED + 1} to {SETTLED + COMPARED}, that of the last {COMPARED}, its growth over the "
+        f"first, and the least-squares slope from round {SETTLED + 1} on."
+    )
+    print(f"{'task':18} {'rounds':>7} {'MB first':>9} {'MB last':>9} {'growth %':>9} {'MB / 1,000 rounds':>18}")
     for task in MEMORY:
-        errors: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             ALL[task].write(Path(folder))
-            found = started(["sfumato"], task, Path(folder), errors, stack)
-            if errors:
-                raise SystemExit(f"federation: {task}: {errors['sfumato']}")
-            engine = found["sfumato"]
+            engine = alone(task, Path(folder), stack)
             held: list[float] = []
-            for _ in range(0, rounds, LOOK_EVERY):
-                engine.take(LOOK_EVERY)
-                held.append(round(engine.megabytes(), 2))
-        settled = held[SETTLED // LOOK_EVERY - 1]
-        growth = 100 * (held[-1] / settled - 1)
-        rows.append(
-            {
-                "task": task,
-                "engine": "sfumato",
-                "every": LOOK_EVERY,
-                "held_mb": held,
-                "growth_percent": round(growth, 3),
-            }
+            for _ in range(rounds):
+                engine.take(1)
+                engine.collect()
+                held.append(engine.megabytes())
+        row = {"task": task, "engine": "sfumato", **trend(held)}
+        print(
+            f"{task:18} {rounds:7} {row['settled_mb']:9.1f} {row['last_mb']:9.1f} {row['growth_percent']:9.2f} "
+            f"{row['slope_mb_per_1000_rounds']:18.2f}",
+            flush=True,
         )
-        print(f"{task:18} {rounds:7} {settled:13.1f} {held[-1]:10.1f} {growth:9.2f}", flush=True)
-        write(asked, rows)
+        write(asked, [row], {(task, "sfumato"): engine})
 
 
-def write(asked: argparse.Namespace, rows: list[Row], libraries: dict[str, Any] | None = None) -> None:
-    """Write the rows, and beside them the machine; a quick run writes only where it was told."""
+def trend(held: Sequence[float]) -> Row:
+    """Return whether memory grows, from what was held after each round.
+
+    Args:
+        held: Megabytes, more than `SETTLED + COMPARED` of them.
+    """
+    settled = statistics.median(held[SETTLED : SETTLED + COMPARED])
+    last = statistics.median(held[-COMPARED:])
+    later = held[SETTLED:]
+    slope = statistics.linear_regression(range(len(later)), later).slope
+    return {
+        "rounds": len(held),
+        "settled_mb": round(settled, 2),
+        "last_mb": round(last, 2),
+        "growth_percent": round(100 * (last / settled - 1), 3),
+        "slope_mb_per_1000_rounds": round(1000 * slope, 3),
+        "most_mb": round(max(held), 2),
+        "every": TOLD_EVERY,
+        "held_mb": [
+            round(statistics.median(held[start : start + TOLD_EVERY]), 2) for start in range(0, len(held), TOLD_EVERY)
+        ],
+    }
+
+
+def write(asked: argparse.Namespace, rows: list[Row], engines: Mapping[Key, Engine]) -> None:
+    """Write rows in place of those of the same task and engine, and beside them the machine of each."""
     if asked.out is None:
         return
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(rows, indent=2) + "\n")
-    machine = {"machine": describe_machine(), "threads": THREADS, "turns": asked.turns, "libraries": libraries or {}}
-    asked.out.with_name(f"{asked.out.stem}-machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+    where = {"machine": describe_machine(), "threads": THREADS}
+    about: list[Row] = []
+    for row in rows:
+        engine = engines.get((row["task"], row["engine"]))
+        known = {} if engine is None else {"turns": engine.turns, "libraries": engine.versions}
+        about.append({"task": row["task"], "engine": row["engine"], **where, **known})
+    for path, new in ((asked.out, rows), (machine_file(asked.out), about)):
+        text = json.dumps(merged(kept_rows(path), new), indent=2) + "\n"
+        replace_file(path, lambda file, text=text: file.write(text.encode()))
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Return the new rows in the places of the old ones of the same task and engine, and the others after them."""
+    fresh = {(row["task"], row["engine"]): row for row in new}
+    there = [fresh.pop((row["task"], row["engine"]), row) for row in old]
+    return [*there, *fresh.values()]
+
+
+def machine_file(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-machine.json")
+
+
+def kept_rows(path: Path) -> list[Row]:
+    """Return the rows that a file holds; none if there is no file.
+
+    Raises:
+        SystemExit: it holds something else, which is not written over.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"federation: {path} cannot be read ({error}); move it, or name another with --out.") from None
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"task", "engine"} <= row.keys() for row in rows
+    ):
+        raise SystemExit(f"federation: {path} holds no rows of this bench; move it, or name another with --out.")
+    return rows
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
@@ -358,6 +460,9 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     asked = parsed()
+    if asked.out is not None:  # refused now, and not when the first row is there
+        for path in (asked.out, machine_file(asked.out)):
+            kept_rows(path)
     print(f"{describe_machine()}; {THREADS} cores are used")
     if asked.population:
         compare_populations(asked)

@@ -1,13 +1,14 @@
 """One engine of federated rounds on one task, in its own process: takes rounds when `federation.py` asks, and times them.
 
-A request is a line on standard input: a number of rounds, or `loss`, the global model's loss on pooled records. The answer
-is a line of JSON on standard output.
+A request is a line on standard input: a number of rounds, `loss`, the global model's loss on pooled records, or `collect`,
+which has Python's garbage collected. The answer is a line of JSON on standard output.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -244,6 +245,9 @@ def main(engine: str, name: str, folder: str) -> None:
         for request in _requests():
             if request.strip() == "loss":
                 answer(loss=loss_of(model(), pooled))
+                continue
+            if request.strip() == "collect":
+                answer(collected=gc.collect())
                 continue
             answer(s=[_seconds(take_round) for _ in range(int(request))])
 

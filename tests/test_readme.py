@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sfumato as sf
-from sfumato.config import Experiment
+from sfumato.config import Experiment, TrainingSection
+from sfumato.federation_config import FederatedTraining, FederationSection, StopSection, UpToSection
 from sfumato.gradients.rules import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +103,18 @@ def test_the_configuration_in_the_readme_is_a_valid_one(tmp_path: Path) -> None:
     assert experiment.plan().spending.epsilon <= 1.0
     training, test = experiment.records()
     assert experiment.model(training)(test.features).shape == (4, 2)
+
+
+def test_the_configuration_in_the_readme_tells_every_key_of_a_federation() -> None:
+    (code,) = [code for language, code in blocks_of("README.md") if language == "toml"]
+    known = {"training": TrainingSection.model_fields, "federation": FederationSection.model_fields}
+    sections = re.findall(r"^\[(\w+)\][^\n]*\n(.*?)(?=^\[|\Z)", code, re.MULTILINE | re.DOTALL)
+    offered = {name: re.findall(r"^# (\w+ = .*)$", lines, re.MULTILINE) for name, lines in sections}
+    for section, keys in known.items():
+        assert offered[section]
+        for line in offered[section]:
+            (key,) = tomllib.loads(line)
+            assert key in keys, line
+    for section in (FederatedTraining, FederationSection, StopSection, UpToSection):
+        for key in section.model_fields:
+            assert re.search(rf"\b{key}\b( =|,)", code), f"{section.__name__}: {key}"

@@ -344,6 +344,13 @@ def train(
         bool,
         typer.Option("--owner-report", help="Show in the report, beyond any budget, what each client holds and did."),
     ] = False,
+    personal_models: Annotated[
+        bool,
+        typer.Option(
+            "--personal-models",
+            help="Write each client's own model (ditto, fedper), which no budget covers, to personal/.",
+        ),
+    ] = False,
 ) -> None:
     """Train as a configuration says; write model.pt, report.html and, last of all, result.json."""
     with _loading():
@@ -352,7 +359,15 @@ def train(
 
     experiment = Experiment(config)
     folder = out or Path("runs") / experiment.name
-    finished = run_experiment(experiment, folder, resume=resume, owner_report=owner_report)
+    try:
+        finished = run_experiment(
+            experiment, folder, resume=resume, owner_report=owner_report, personal_models=personal_models
+        )
+    except KeyboardInterrupt:
+        if not _can_go_on(folder):
+            raise
+        _last_line(f"{_STOPPED[:-1]}; go on with --resume.")
+        raise typer.Exit(_INTERRUPTED) from None
     typer.echo(str(finished.privacy))
     if finished.lost:
         typer.echo(
@@ -364,7 +379,15 @@ def train(
         typer.echo(f"Stopped early: {finished.stopped}.")
     if finished.score is not None:
         typer.echo(f"Accuracy on the test part: {finished.score.mean:.1%} (not covered by the budget).")
+    if finished.personal is not None:
+        typer.echo(
+            f"Wrote {finished.personal}: each client's own model, for that client alone. No budget covers what they tell."
+        )
     typer.echo(f"Wrote {folder / 'report.html'}")
+
+
+def _can_go_on(folder: Path) -> bool:
+    return (folder / "checkpoint.pt").is_file() and not (folder / "result.json").exists()
 
 
 def _budget(epsilon: float, delta: float, unit: str, relation: str) -> Budget:

@@ -54,6 +54,7 @@ from sfumato.learning.plan import Plan
 from sfumato.learning.shapes import clips_of, noise_of, rates_of
 from sfumato.privacy.budget import Budget, Unit
 
+_APART = "min-separation"
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -130,6 +131,8 @@ class PrivacySection(Section):
     clipping: Annotated[str, AfterValidator(check_kind)] = "flat"
     sampling: str = "poisson"
     max_batch: Count | None = None
+    separation: Count | None = None
+    participations: Count | None = None
     noise: dict[str, Any] | None = None
     clips: dict[str, Any] | None = None
     rates: dict[str, Any] | None = None
@@ -154,6 +157,20 @@ class PrivacySection(Section):
             raise ValueError("neither steps nor epochs is given; add one of them.")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both given; remove one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_apart(self) -> Self:
+        if self.sampling != _APART:
+            apart = {"separation": self.separation, "participations": self.participations}
+            refuse(apart, f'sampling = "{_APART}"')
+        elif self.separation is None:
+            raise ValueError(
+                f'separation is missing, which goes with sampling = "{_APART}"; add it: the fewest steps from one time that a '
+                "client takes part to its next."
+            )
+        elif self.unit != Unit.CLIENT:
+            raise ValueError(f'sampling = "{_APART}" keeps clients apart; choose unit = "client", or another sampling.')
         return self
 
 
@@ -229,12 +246,34 @@ class Config(Section):
                 )
             refuse({"[federation]": self.federation}, '[training] mode = "federated"')
             return self
+        self._check_correlated()
         self.training.check_unit(private=math.isfinite(self.privacy.epsilon), clients=clients)
-        if self.training.algorithm == "fedper" and self.federation and self.federation.stop:
+        stop = self.federation.stop if self.federation else None
+        if self.training.algorithm == "fedper" and stop is not None and stop.looks:
             raise ValueError(
-                "[federation] stop looks at the shared model, whose personal layers nobody trains; remove it."
+                "[federation] stop looks at the shared model, whose personal layers nobody trains; remove it, or choose rounds."
             )
         return self
+
+    def _check_correlated(self) -> None:
+        """Refuse noise that takes back noise of earlier rounds where that is not accounted for."""
+        if self.training.noise != "correlated":
+            return
+        correlated, separation = '[training] noise = "correlated"', self.privacy.separation
+        if separation is None:
+            raise ValueError(
+                f'{correlated} needs clients that keep apart; add [privacy] sampling = "{_APART}" with a separation.'
+            )
+        if (self.training.bands or 0) > separation:
+            raise ValueError(
+                f"[training] bands is {self.training.bands}, more than the [privacy] separation of {separation}; lower it, or "
+                "leave it out."
+            )
+        for key in ("noise", "clips"):
+            if getattr(self.privacy, key) is not None:
+                raise ValueError(
+                    f"[privacy] {key} changes over the rounds, which {correlated} does not allow; remove it."
+                )
 
 
 class Experiment:
@@ -291,6 +330,8 @@ class Experiment:
                 clipping=wanted.clipping,
                 sampling=wanted.sampling,
                 max_batch=wanted.max_batch,
+                separation=wanted.separation,
+                participations=wanted.participations,
                 noise=noise_of(wanted.noise),
                 clips=clips_of(wanted.clips),
                 rates=rates_of(wanted.rates),

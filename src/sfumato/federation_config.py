@@ -5,28 +5,40 @@ The kinds of values that every section is made of stand here too.
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final, Literal, Self, final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
 from torch.optim import SGD
 
 from sfumato import _checks
 from sfumato.data import partitions
 from sfumato.data.population import Population
 from sfumato.data.records import Records
+from sfumato.engines.dropping import DropOut, word
 from sfumato.learning.aggregation import Aggregation, LocalNoise, ServerNoise, SharedNoise
 from sfumato.learning.controlled import FedNova, Scaffold
+from sfumato.learning.correlated import CorrelatedNoise
 from sfumato.learning.fedavg import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 from sfumato.learning.federated import Algorithm
 from sfumato.learning.fedsgd import FedSGD
 from sfumato.learning.local_training import MakeOptimizer
 from sfumato.learning.personal import Ditto, FedPer
-from sfumato.learning.stopping import FirstOf, Plateau, Score, Stop, Target
+from sfumato.learning.stopping import FirstOf, Plateau, Rounds, Score, Stop, Target
 from sfumato.learning.weighting import ByRecords, Uniform, UpTo, Weighting
 
 _WITH_ZERO: Final = {"momentum", "server_momentum", "beta1", "beta2"}
@@ -56,6 +68,12 @@ def _at_least_two(value: int, info: ValidationInfo) -> int:
 
 def _at_least_zero(value: int, info: ValidationInfo) -> int:
     return _checks.count(str(info.field_name), value, minimum=0)
+
+
+def _column(value: object) -> object:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError(f"column must be the name of a feature, or its number from 0, not {value!r}.")
 
 
 Number = Annotated[float, Field(strict=True)]
@@ -121,8 +139,9 @@ class FederatedTraining(Section):
         ]
         | None
     ) = None  # fmt: skip
-    noise: Literal["server", "shared", "local"] | None = None
+    noise: Literal["server", "shared", "local", "correlated"] | None = None
     tolerate: CountOrZero | None = None
+    bands: Count | None = None
     local_steps: Count | None = None
     local_epochs: Count | None = None
     local_batch_size: Count | None = None
@@ -172,6 +191,8 @@ class FederatedTraining(Section):
             )
         if self.noise != "shared":
             refuse({"tolerate": self.tolerate}, 'noise = "shared"')
+        if self.noise != "correlated":
+            refuse({"bands": self.bands}, 'noise = "correlated"')
 
     def check_curator(self) -> None:
         """Refuse what one curator has no use for.
@@ -219,8 +240,12 @@ class FederatedTraining(Section):
                 given[name] = partial(SGD, lr=value) if name == "server" else value
         return kind(**given)
 
-    def make_noise(self) -> Aggregation | None:
-        """Return where the noise is added; None for the algorithm's own way."""
+    def make_noise(self, separation: int | None = None) -> Aggregation | None:
+        """Return where the noise is added; None for the algorithm's own way.
+
+        Args:
+            separation: Of the plan's sampler, as many bands as correlated noise has unless said otherwise.
+        """
         match self.noise:
             case "server":
                 return ServerNoise()
@@ -228,6 +253,8 @@ class FederatedTraining(Section):
                 return SharedNoise(tolerate=self.tolerate or 0)
             case "local":
                 return LocalNoise()
+            case "correlated":
+                return CorrelatedNoise(self.bands or separation or 1)
         return None
 
     def make_weighting(self) -> Weighting | None:
@@ -243,51 +270,75 @@ class FederatedTraining(Section):
 
 
 class StopSection(Section):
-    """`stop = { target = 0.95 }`: ends the run before its plan does, by the accuracy on the test part."""
+    """`stop = { target = 0.95 }`: ends the run before its plan does, by the accuracy on the test part or after some rounds."""
 
     target: Share | None = None
     plateau: Count | None = None
     by: NotNegative | None = None
-    every: Count = 1
+    every: Count | None = None
+    rounds: Count | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at an accuracy."""
+        return self.target is not None or self.plateau is not None
 
     @model_validator(mode="after")
     def _has_a_rule(self) -> Self:
-        if self.target is None and self.plateau is None:
+        if not self.looks and self.rounds is None:
             raise ValueError(
-                "the rule is missing; add target = 0.95 (an accuracy), or plateau = 5 (looks without a rise)."
+                "the rule is missing; add target = 0.95 (an accuracy), plateau = 5 (looks without a rise) or rounds = 50."
             )
         if self.plateau is None:
             refuse({"by": self.by}, "plateau")
+        if not self.looks:
+            refuse({"every": self.every}, "target or plateau")
         return self
+
+
+# The key that a partition needs besides the number of clients.
+_NEEDED: Final = {
+    "dirichlet": "alpha", "quantity": "alpha", "shards": "per_client", "by-feature": "column", "feature-noise": "scale",
+}  # fmt: skip
+_DEALT: Final[dict[str, Callable[[Records, int, Any, int], Population]]] = {
+    "dirichlet": partitions.dirichlet, "quantity": partitions.quantity, "shards": partitions.shards,
+    "feature-noise": partitions.feature_noise,
+}  # fmt: skip
 
 
 class FederationSection(Section):
     """`[federation]`: who the clients are, which of them are lost, and when to stop."""
 
     by: Literal["owner"] | None = None
-    partition: Literal["iid", "dirichlet", "shards", "quantity"] | None = None
+    partition: Literal["iid", "dirichlet", "shards", "quantity", "by-feature", "feature-noise"] | None = None
     clients: Count | None = None
     alpha: Positive | None = None
     per_client: Count | None = None
+    column: Annotated[str | int, BeforeValidator(_column)] | None = None
+    scale: NotNegative | None = None
     seed: Seed = 0
     drop_out: Share | None = None
+    delay: Positive | None = None
+    deadline: Positive | None = None
     stop: StopSection | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        dealt = {"clients": self.clients, "alpha": self.alpha, "per_client": self.per_client}
+        if (self.delay is None) != (self.deadline is None):
+            missing, given = ("delay", "deadline") if self.delay is None else ("deadline", "delay")
+            raise ValueError(f"{missing} is missing, which goes with {given}; add it, in seconds.")
+        dealt = {key: getattr(self, key) for key in ("clients", *_NEEDED.values())}
         if self.partition is None:
             refuse(dealt, "partition")
             return self
         if self.by is not None:
             raise ValueError("by and partition are both given; remove one of them.")
-        needed = {"dirichlet": "alpha", "quantity": "alpha", "shards": "per_client"}
-        for key in ("clients", needed.get(self.partition)):
+        for key in ("clients", _NEEDED.get(self.partition)):
             if key is not None and dealt.pop(key) is None:
                 raise ValueError(f'{key} is missing, which goes with partition = "{self.partition}"; add it.')
         dealt.pop("clients", None)
         for key, value in dealt.items():
-            having = [f'"{name}"' for name, other in needed.items() if other == key]
+            having = [f'"{name}"' for name, other in _NEEDED.items() if other == key]
             refuse({key: value}, f"partition = {_either(having)}")
         return self
 
@@ -297,21 +348,23 @@ class FederationSection(Section):
         Raises:
             InputError: the records have no owners, an owner has no record, or they cannot be dealt out like this.
         """
-        clients, seed = self.clients or 0, self.seed
+        clients, seed, value = self.clients or 0, self.seed, getattr(self, _NEEDED.get(self.partition or "", "clients"))
         match self.partition:
             case "iid":
                 return partitions.iid(records, clients, seed)
-            case "dirichlet":
-                return partitions.dirichlet(records, clients, self.alpha or 0.0, seed)
-            case "quantity":
-                return partitions.quantity(records, clients, self.alpha or 0.0, seed)
-            case "shards":
-                return partitions.shards(records, clients, self.per_client or 0, seed)
-        return Population.of(records.by_owner())
+            case "by-feature":
+                return partitions.by_feature(records, clients, value)
+            case None:
+                return Population.of(records.by_owner())
+        return _DEALT[self.partition](records, clients, value, seed)
 
     def make_drop_out(self) -> DropOut | None:
         """Return what loses clients, if anything does."""
         return None if self.drop_out is None else DropOut(self.drop_out, self.seed)
+
+    def make_delay(self) -> Delay | None:
+        """Return what makes clients late, if anything does."""
+        return None if self.delay is None else Delay(self.delay, self.seed)
 
     def make_stop(self, score: Score) -> Stop | None:
         """Return the stopping rule, if there is one.
@@ -323,27 +376,28 @@ class FederationSection(Section):
         if wanted is None:
             return None
         if wanted.target is not None:
-            rules.append(Target(score, wanted.target, wanted.every))
+            rules.append(Target(score, wanted.target, wanted.every or 1))
         if wanted.plateau is not None:
-            rules.append(Plateau(score, wanted.plateau, wanted.by or 0.0, wanted.every))
+            rules.append(Plateau(score, wanted.plateau, wanted.by or 0.0, wanted.every or 1))
+        if wanted.rounds is not None:
+            rules.append(Rounds(wanted.rounds))
         return rules[0] if len(rules) == 1 else FirstOf(tuple(rules))
 
 
 @final
 @dataclass(frozen=True)
-class DropOut:
-    """Loses each client that is asked with the same chance, whatever the others do: called with (step, client).
+class Delay:
+    """Seconds until a client would answer, exponentially distributed around a mean: called with (step, client).
 
-    Who is lost in which step follows from the seed alone, so it is the same for any number of workers.
+    As with `DropOut` they follow from the seed alone, and they are independent of who drops out.
     """
 
-    share: float
+    mean: float
     seed: int = 0
 
-    def __call__(self, step: int, client: str) -> bool:
-        """Whether this client is lost in this step."""
-        told = hashlib.blake2b(f"{self.seed} {step} {client}".encode(), digest_size=8).digest()
-        return int.from_bytes(told, "big") < self.share * 2**64
+    def __call__(self, step: int, client: str) -> float:
+        """Return the seconds."""
+        return -self.mean * math.log((word(f"delay {self.seed} {step} {client}") + 1) / 2**64)
 
 
 @final
@@ -352,22 +406,29 @@ class RollCall:
 
     Args:
         drop_out: What loses clients; None if nothing does.
+        delay: What makes clients late; None if nothing does.
+        deadline: Seconds after which a client is lost.
 
     Attributes:
         asked: Steps in which each client was asked, by name. Private, as who takes part is.
         answered: Steps in which it answered.
     """
 
-    def __init__(self, drop_out: DropOut | None) -> None:
-        self._drop_out = drop_out
+    def __init__(self, drop_out: DropOut | None, delay: Delay | None = None, deadline: float | None = None) -> None:
+        self._drop_out, self._delay, self._deadline = drop_out, delay, deadline
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
+        self._last: dict[str, int] = {}
 
     def __call__(self, step: int, client: str) -> bool:
         """Whether this client is lost in this step."""
         lost = self._drop_out is not None and self._drop_out(step, client)
-        self.asked[client] += 1
-        self.answered[client] += not lost
+        if not lost and self._delay is not None and self._deadline is not None:
+            lost = self._delay(step, client) > self._deadline
+        if self._last.get(client) != step:  # an engine may do a step once more
+            self.asked[client] += 1
+            self.answered[client] += not lost
+            self._last[client] = step
         return lost
 
 

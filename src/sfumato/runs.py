@@ -34,6 +34,7 @@ from sfumato.learning.api import federate, train
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.plan import Plan
 from sfumato.learning.training import Step, TrainingResult
+from sfumato.personal_models import FOLDER, write_personal_models
 from sfumato.privacy.budget import Unit
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.statement import PrivacyStatement
@@ -58,6 +59,11 @@ _UNCOVERED_ACCURACY = (
     "The accuracy in this report: it was measured on the test records without noise and is not covered by the budget."
 )
 _UNCOVERED_PICTURES = "The sections for the data's owner, who holds what and each client's part: they are exact."
+_UNCOVERED_MODELS = (
+    f"The clients' own models in the folder {FOLDER}: each is made from one client's records without noise, so it is for that "
+    "client alone."
+)
+_PERSONAL = ("ditto", "fedper")
 _LOOKS = 20  # at the test part while a run goes on
 
 
@@ -71,6 +77,7 @@ class Finished:
         lost: Steps lost in a crash.
         void: Rounds in which too few clients answered.
         stopped: Why it ended before its plan, after how many of how many steps; empty if it did not.
+        personal: The folder of the clients' own models, where they were asked for.
     """
 
     privacy: PrivacyStatement
@@ -78,6 +85,7 @@ class Finished:
     lost: int
     void: int
     stopped: str
+    personal: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,9 @@ class _Job:
     called: RollCall | None = None
 
 
-def run_experiment(experiment: Experiment, folder: Path, *, resume: bool, owner_report: bool = False) -> Finished:
+def run_experiment(
+    experiment: Experiment, folder: Path, *, resume: bool, owner_report: bool = False, personal_models: bool = False
+) -> Finished:
     """Train as a configuration says; write model.pt, report.html and, last of all, result.json to `folder`.
 
     Args:
@@ -104,6 +114,7 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool, owner_
         resume: Whether to go on from the checkpoint in `folder`.
         owner_report: Whether the page of a private federation shows who holds what and each client's part, which no
             budget covers. The page of one without privacy always does.
+        personal_models: Whether to write each client's own model, which no budget covers, to a folder in `folder`.
 
     Raises:
         InputError: the folder does not fit, or the configuration does not fit the records.
@@ -113,6 +124,11 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool, owner_
     _check_folder(folder, experiment, resume)
     if owner_report and experiment.config.training.mode == "central":
         raise InputError(f'--owner-report shows clients, and {experiment.path} has mode = "central"; leave it out.')
+    if personal_models and experiment.config.training.algorithm not in _PERSONAL:
+        raise InputError(
+            f"--personal-models writes each client's own model, and {experiment.path} trains one model for all; leave it out, "
+            'or choose algorithm = "ditto" or "fedper".'
+        )
     training, test = experiment.records()
     chosen, model = experiment.plan(), experiment.model(training)
     job = _job(experiment, model, training, test, chosen, owner_report or not chosen.is_private)
@@ -135,10 +151,20 @@ def run_experiment(experiment: Experiment, folder: Path, *, resume: bool, owner_
             said = dataclasses.replace(said, not_covered=(*said.not_covered, _OWN_LEDGER))
         score = _score(experiment, result, test)
         owner = _for_owner(experiment, job, result, training, test)
-        told = _result(experiment, chosen, said, ledger, score, seconds, result.steps, owner is not None)
+        personal = None
+        if personal_models and job.clients is not None:
+            personal = write_personal_models(folder, job.clients, result.personal_model)
+        exact = {
+            _UNCOVERED_ACCURACY: score is not None, _UNCOVERED_PICTURES: owner is not None,
+            _UNCOVERED_MODELS: personal is not None,
+        }  # fmt: skip
+        open_ones = [sentence for sentence, there in exact.items() if there]
+        told = _result(experiment, chosen, said, ledger, score, seconds, result.steps, open_ones)
         _publish(folder, model, told, owner)
-    stopped = f"{result.stopped}, at step {result.steps[-1].index} of {chosen.steps}" if result.stopped else ""
-    return Finished(said, score, result.lost, result.void, stopped)
+    stopped = result.stopped  # a private run tells its steps and its charge there
+    if stopped and not chosen.is_private:
+        stopped += f", at step {result.steps[-1].index} of {chosen.steps}"
+    return Finished(said, score, result.lost, result.void, stopped, personal)
 
 
 def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
@@ -241,12 +267,12 @@ def _job(
     federation = experiment.config.federation or FederationSection()
     with experiment.blamed("[training]"):
         algorithm = wanted.make_algorithm(make)
-    drop_out = federation.make_drop_out()
-    called = RollCall(drop_out) if pictures else None
-    if test.classes is None and federation.stop is not None:
+    drop_out, delay = federation.make_drop_out(), federation.make_delay()
+    called = RollCall(drop_out, delay, federation.deadline) if pictures else None
+    if test.classes is None and federation.stop is not None and federation.stop.looks:
         raise InputError(
             f"{experiment.path}: [federation] stop looks at the accuracy on the test part, and these targets are no "
-            "classes; remove it."
+            "classes; remove it, or choose rounds."
         )
 
     def accuracy(model: nn.Module) -> float:
@@ -257,8 +283,11 @@ def _job(
     def federated(ledger: Ledger | None, checkpoint: Checkpoint | None) -> TrainingResult:
         with _progress(chosen, _cohort(chosen, clients), look) as on_step:
             return federate(
-                model, clients, chosen, algorithm=algorithm, loss=loss, noise=wanted.make_noise(),
-                engine=Simulation(drop_out=called or drop_out, workers=wanted.workers),
+                model, clients, chosen, algorithm=algorithm, loss=loss,
+                noise=wanted.make_noise(experiment.config.privacy.separation),
+                engine=Simulation(
+                    drop_out=called or drop_out, delay=delay, deadline=federation.deadline, workers=wanted.workers
+                ),
                 weighting=wanted.make_weighting(), quorum=wanted.quorum or 0, stop=federation.make_stop(accuracy),
                 populations=experiment.config.privacy.populations, ledger=ledger, dataset=dataset, purpose=purpose,
                 checkpoint=checkpoint, on_step=on_step, compute=experiment.compute(),
@@ -368,7 +397,7 @@ def _for_owner(
             return None, None
         held = own if dealt_out else test.select(places[name])
         shared = None if algorithm == "fedper" else _mean(rights_of(result.model, held))
-        if algorithm not in ("ditto", "fedper"):
+        if algorithm not in _PERSONAL:
             return shared, None
         return shared, _mean(rights_of(result.personal_model(name), held))
 
@@ -391,12 +420,11 @@ def _for_owner(
 
 def _result(
     experiment: Experiment, chosen: Plan, said: PrivacyStatement, ledger: Ledger | None, score: reports.Score | None,
-    seconds: float, steps: Sequence[Step], pictures: bool,
+    seconds: float, steps: Sequence[Step], open_ones: Sequence[str],
 ) -> reports.Result:  # fmt: skip
     privacy, curves = None, None
     if chosen.is_private:
-        exact = {_UNCOVERED_ACCURACY: score is not None, _UNCOVERED_PICTURES: pictures}
-        privacy = privacy_of(chosen, said, [sentence for sentence, there in exact.items() if there])
+        privacy = privacy_of(chosen, said, open_ones)
         curves = curves_of(chosen, experiment.name, steps)
     owners: dict[str, int | None] = dict.fromkeys(score.per_owner if score else ())
     content = {

@@ -79,6 +79,12 @@ def sfumato(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ran before may have set the width of a terminal that is not there (importing `readline` does)."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     return Study(tmp_path)

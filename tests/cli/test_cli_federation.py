@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,8 +17,11 @@ from torch.optim import SGD
 import sfumato as sf
 from sfumato import runs
 from sfumato.config import Experiment
-from sfumato.federation_config import DropOut, RollCall
-from sfumato.learning.stopping import FirstOf, Plateau, Target
+from sfumato.engines.dropping import DropOut
+from sfumato.errors import InputError
+from sfumato.federation_config import Delay, RollCall
+from sfumato.learning.stopping import FirstOf, Plateau, Rounds, Target
+from sfumato.personal_models import write_personal_models
 
 LOCAL = {"local_steps": 2, "local_batch_size": 5}
 KNOBS = {
@@ -141,6 +147,20 @@ def trained_with(section):
     return lambda study: study.config.update(training=section)
 
 
+def apart(privacy=None, **keys):
+    """Let twelve clients take part twice each at most, three rounds or more apart, under noise that takes itself back."""
+
+    def change(study):
+        of_clients(study, clients=12, cohort=2, steps=8)
+        study.config["privacy"] |= {"sampling": "min-separation", "separation": 3, "participations": 2} | (
+            privacy or {}
+        )
+        study.config["training"] = training("fedavg") | {"noise": "correlated"} | keys
+        study.config["federation"] = {"partition": "iid", "clients": 12}
+
+    return change
+
+
 def private(**keys):
     return lambda study: (of_clients(study), study.config.update(training=training("fedavg") | keys))
 
@@ -198,9 +218,72 @@ BAD = {
             plain(study), federation(partition="iid", clients=99)(study)
         ), "study.toml: [federation] study: there are too few records for 99 clients",
     ),
+    "no column": (
+        federation(partition="by-feature", clients=3), 'column is missing, which goes with partition = "by-feature"; add it'
+    ),
+    "a column of none": (
+        federation(partition="iid", clients=3, column="age"), 'column goes with partition = "by-feature" only; remove it'
+    ),
+    "a column that is not there": (
+        lambda study: (plain(study), federation(partition="by-feature", clients=3, column="aeg")(study)),
+        'study.toml: [federation] study: no feature is called "aeg". Did you mean "age"?',
+    ),
+    "a column beyond": (
+        lambda study: (plain(study), federation(partition="by-feature", clients=3, column=9)(study)),
+        "study.toml: [federation] study: column must be below",
+    ),
+    "a column below": (
+        federation(partition="by-feature", clients=3, column=-1), "the name of a feature, or its number from 0, not -1"
+    ),
+    "a column in between": (
+        federation(partition="by-feature", clients=3, column=1.5), "the name of a feature, or its number from 0, not 1.5"
+    ),
+    "no scale": (
+        federation(partition="feature-noise", clients=3), 'scale is missing, which goes with partition = "feature-noise"'
+    ),
+    "a scale of none": (
+        federation(partition="by-feature", clients=3, column=0, scale=1.0),
+        'scale goes with partition = "feature-noise" only; remove it',
+    ),
+    "a scale below": (federation(partition="feature-noise", clients=3, scale=-0.5), "scale must be"),
+    "a deadline alone": (federation(deadline=2.0), "delay is missing, which goes with deadline; add it, in seconds"),
+    "a delay alone": (federation(delay=2.0), "deadline is missing, which goes with delay; add it, in seconds"),
+    "a deadline of 0": (federation(delay=2.0, deadline=0.0), "deadline must be a finite number above 0"),
+    "bands of none": (trained(bands=2), 'bands goes with noise = "correlated" only; remove it'),
+    "no bands": (apart(bands=0), "bands must be a whole number of at least 1"),
+    "too many bands": (apart(bands=4), "[training] bands is 4, more than the [privacy] separation of 3; lower it, or leave"),
+    "correlated without separation": (
+        private(noise="correlated"),
+        '[training] noise = "correlated" needs clients that keep apart; add [privacy] sampling = "min-separation"',
+    ),
+    "correlated under a schedule": (
+        apart(privacy={"clips": {"kind": "adaptive", "quantile": 0.5}}),
+        '[privacy] clips changes over the rounds, which [training] noise = "correlated" does not allow; remove it',
+    ),
+    "correlated under a policy": (
+        apart(privacy={"noise": {"kind": "cosine", "start": 2, "end": 1}}), "[privacy] noise changes over the rounds"
+    ),
+    "no separation": (
+        lambda study: (of_clients(study), study.config["privacy"].update(sampling="min-separation")),
+        'separation is missing, which goes with sampling = "min-separation"; add it',
+    ),
+    "a separation of Poisson": (
+        lambda study: (of_clients(study), study.config["privacy"].update(separation=2)),
+        'separation goes with sampling = "min-separation" only; remove it',
+    ),
+    "participations of Poisson": (
+        lambda study: (of_clients(study), study.config["privacy"].update(participations=2)),
+        'participations goes with sampling = "min-separation" only; remove it',
+    ),
+    "records kept apart": (
+        lambda study: study.config["privacy"].update(sampling="min-separation", separation=2),
+        'sampling = "min-separation" keeps clients apart; choose unit = "client", or another sampling',
+    ),
+    "too few clients to keep apart": (apart(privacy={"separation": 9}), "[privacy] 9 steps with cohorts of 2 need 18"),
     "everybody lost": (federation(drop_out=1.0), "drop_out must lie in (0, 1)"),
     "stop without a rule": (federation(stop={"every": 2}), "the rule is missing; add target"),
     "stop above one": (federation(stop={"target": 95.0}), "target must lie in (0, 1], not 95.0"),
+    "looks of no score": (federation(stop={"rounds": 9, "every": 2}), "every goes with target or plateau only"),
     "a rise of no plateau": (federation(stop={"target": 0.9, "by": 0.1}), "by goes with plateau only"),
     "misspelt rule": (federation(stop={"taget": 0.9}), 'Did you mean "target"?'),
     "a stop of personal layers": (
@@ -247,6 +330,7 @@ def test_no_knob_lets_a_nan_through(study, command, refused, algorithm, key):
         ({"partition": "dirichlet", "clients": 6, "alpha": 0.5}, 1, 59),
         ({"partition": "quantity", "clients": 6, "alpha": 0.5}, 1, 59),
         ({"partition": "shards", "clients": 6, "per_client": 2}, 10, 10),
+        ({"partition": "feature-noise", "clients": 6, "scale": 0.5}, 10, 10),
     ],
 )
 def test_records_are_dealt_out_as_declared(study, written, least, most):
@@ -267,6 +351,98 @@ def test_records_are_dealt_out_as_declared(study, written, least, most):
     study.write()
     assert Experiment(study.path).clients(records).identity() != clients.identity()
     assert study.train().exit_code == 0
+
+
+@pytest.mark.parametrize("column", ["age", 0])
+def test_clients_are_cut_by_a_feature(study, column):
+    study.config["training"] = training("fedavg")
+    study.config["federation"] = {"partition": "by-feature", "clients": 6, "column": column}
+    plain(study)
+    study.write()
+    experiment = Experiment(study.path)
+    records, _ = experiment.records()
+    ages = [held.features[:, 0] for held in experiment.clients(records).values()]
+    assert [len(held) for held in ages] == [10] * 6
+    assert all(float(low.max()) <= float(high.min()) for low, high in pairwise(ages))
+    assert study.train().exit_code == 0
+
+
+def test_noise_on_features_is_as_large_as_declared(study):
+    study.config["training"] = training("fedavg")
+    sizes = []
+    for scale in (0.0, 2.0):
+        study.config["federation"] = {"partition": "feature-noise", "clients": 2, "scale": scale}
+        plain(study)
+        study.write()
+        experiment = Experiment(study.path)
+        (_, last) = experiment.clients(experiment.records()[0]).values()
+        sizes.append(last.features.std().item())
+    assert sizes[1] > 2 * sizes[0]
+
+
+def test_noise_that_takes_itself_back_is_what_is_written(study):
+    for keys, bands in (({}, 3), ({"bands": 2}, 2)):
+        apart(**keys)(study)
+        study.write()
+        experiment = Experiment(study.path)
+        separation = experiment.config.privacy.separation
+        assert experiment.config.training.make_noise(separation) == sf.CorrelatedNoise(bands)
+        sampler = experiment.plan().sampler
+        assert sampler == sf.MinSeparation(2, 12, 3, 2)
+    done = study.train()
+    assert done.exit_code == 0, done.output
+    privacy = study.result()["runs"][0]["privacy"]
+    assert privacy["sampling"]["kind"] == "min-separation"
+    assert 1.9 < privacy["epsilon"] <= 2.0
+    assert any("keeps, also in checkpoints, the noise of the last rounds" in said for said in privacy["not_covered"])
+
+
+def test_participations_are_as_many_as_fit_unless_declared(study):
+    apart(privacy={"participations": None})(study)
+    del study.config["privacy"]["participations"]
+    study.write()
+    assert Experiment(study.path).plan().sampler.participations == 3  # 8 steps, 3 apart
+
+
+def test_clients_that_are_late_are_lost_and_told(study, monkeypatch):
+    engines = []
+    kept = runs.Simulation
+    monkeypatch.setattr(runs, "Simulation", lambda **more: engines.append(kept(**more)) or engines[-1])
+    plain(study, steps=20)
+    study.config["training"] = training("fedavg")
+    study.config["federation"] = {"delay": 2.0, "deadline": 2.0, "seed": 3}
+    assert study.train().exit_code == 0
+    (engine,) = engines
+    assert (engine.delay, engine.deadline) == (Delay(2.0, 3), 2.0)
+    asked, answered = (sum(count.values()) for count in (engine.drop_out.asked, engine.drop_out.answered))
+    lost = [engine.loses(step, name) for step in range(20) for name in ("north", "south")]
+    assert 0 < sum(lost) < 40
+    assert (asked, answered) == (40, 40 - sum(lost))
+
+
+def test_delays_are_exponential_the_same_every_time_and_apart_from_who_drops_out():
+    late, lost = Delay(3.0, seed=5), DropOut(0.5, seed=5)
+    pairs = [(step, f"client-{number}") for step in range(200) for number in range(200)]
+    found = torch.tensor([late(*pair) for pair in pairs], dtype=torch.float64)
+    # 40,000 draws: the mean's standard deviation is 0.015, a share's at most 0.0025.
+    assert abs(float(found.mean()) - 3.0) < 0.09
+    for quantile in (0.1, 0.5, 0.9):
+        assert abs(float((found <= -3.0 * math.log(1 - quantile)).double().mean()) - quantile) < 0.0125
+    assert float(found.min()) >= 0
+    dropped = torch.tensor([lost(*pair) for pair in pairs])
+    assert abs(float(found[dropped].mean()) - 3.0) < 0.13  # half of them
+    assert [Delay(3.0, seed=5)(*pair) for pair in pairs[:50]] == found[:50].tolist()
+    assert [Delay(3.0, seed=6)(*pair) for pair in pairs[:50]] != found[:50].tolist()
+
+
+def test_a_roll_counts_a_step_that_is_done_once_more_once():
+    roll = RollCall(DropOut(0.5), Delay(1.0), 0.5)
+    first = [roll(step, "x") for step in range(30)]
+    again = RollCall(DropOut(0.5), Delay(1.0), 0.5)
+    twice = [(again(step, "x"), again(step, "x")) for step in range(30)]
+    assert twice == [(one, one) for one in first]
+    assert (again.asked, again.answered) == (roll.asked, roll.answered)
+    assert roll.asked["x"] == 30
 
 
 def test_owners_are_the_clients_unless_said_otherwise(study):
@@ -338,7 +514,8 @@ def test_a_private_run_that_stops_early_is_charged_as_a_whole(study):
     study.config["federation"] = {"stop": {"plateau": 1, "by": 1.0}}
     done = study.train()
     assert done.exit_code == 0, done.output
-    assert "at step 2 of 4" in done.stdout
+    assert "(2 of 4 steps were taken" in done.stdout
+    assert "at step" not in done.stdout
     privacy = study.result()["runs"][0]["privacy"]
     assert 1.9 < privacy["epsilon"] <= 2
     assert any("the stopping rule looked at" in sentence for sentence in privacy["not_covered"])
@@ -350,7 +527,13 @@ def test_the_rule_is_what_is_written(study):
 
     study.config["training"] = training("fedavg")
     rules = []
-    for written in ({"target": 0.9, "every": 2}, {"plateau": 4, "by": 0.01}, {"target": 0.9, "plateau": 4}):
+    for written in (
+        {"target": 0.9, "every": 2},
+        {"plateau": 4, "by": 0.01},
+        {"target": 0.9, "plateau": 4},
+        {"rounds": 7},
+        {"rounds": 7, "target": 0.9},
+    ):
         study.config["federation"] = {"stop": written}
         study.write()
         rules.append(Experiment(study.path).config.federation.make_stop(score))
@@ -358,7 +541,20 @@ def test_the_rule_is_what_is_written(study):
         Target(score, 0.9, 2),
         Plateau(score, 4, 0.01),
         FirstOf((Target(score, 0.9), Plateau(score, 4))),
+        Rounds(7),
+        FirstOf((Target(score, 0.9), Rounds(7))),
     ]
+
+
+def test_rounds_alone_stop_personal_layers_too_and_look_at_nothing(study):
+    of_clients(study, epsilon=2.0, steps=6)
+    study.config["model"] = {"kind": "mlp", "hidden": [3]}
+    study.config["training"] = training("fedper")
+    study.config["federation"] = {"stop": {"rounds": 2}}
+    done = study.train()
+    assert done.exit_code == 0, done.output
+    assert "2 rounds were asked for (2 of 6 steps were taken" in done.stdout
+    assert not any("the stopping rule" in sentence for sentence in study.result()["runs"][0]["privacy"]["not_covered"])
 
 
 def test_rounds_with_too_few_answers_are_counted_and_told(study, command):
@@ -483,3 +679,103 @@ def test_the_number_of_workers_changes_nothing(study):
         assert study.train().exit_code == 0
         weights.append(torch.load(study.out / "model.pt", weights_only=True)["1.weight"])
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["ditto", "fedper"])
+@pytest.mark.parametrize("private", [True, False])
+def test_own_models_are_written_when_asked_for_only(study, algorithm, private):
+    study.config["model"] = {"kind": "mlp", "hidden": [3]}
+    study.config["training"] = training(algorithm)
+    of_clients(study) if private else plain(study)
+    assert study.train().exit_code == 0
+    assert not (study.out / "personal").exists()
+    study.out = study.folder / "again"
+    done = study.train("--personal-models")
+    assert done.exit_code == 0, done.output
+    assert "personal: each client's own model, for that client alone. No budget covers what they tell." in done.stdout
+    folder = study.out / "personal"
+    assert json.loads((folder / "clients.json").read_text()) == {"north": "000000-north.pt", "south": "000001-south.pt"}
+    assert sorted(path.name for path in folder.iterdir()) == ["000000-north.pt", "000001-south.pt", "clients.json"]
+    assert folder.stat().st_mode & 0o077 == 0
+    assert not [path for path in study.out.iterdir() if path.name.startswith(".")]
+    served = torch.load(study.out / "model.pt", weights_only=True)
+    own = [
+        torch.load(folder / f"00000{row}-{name}.pt", weights_only=True) for row, name in enumerate(("north", "south"))
+    ]
+    assert served.keys() == own[0].keys() == own[1].keys()
+    apart = {key for key in served if not torch.equal(own[0][key], own[1][key])}
+    assert apart == ({"3.weight", "3.bias"} if algorithm == "fedper" else set(served))
+    told = study.result()
+    assert "personal" not in told
+    if private:
+        said = told["runs"][0]["privacy"]["not_covered"]
+        assert any(sentence.startswith("The clients' own models in the folder personal") for sentence in said)
+    assert "000000-north" not in page_of(study)
+
+
+def test_own_models_score_what_the_report_tells(study):
+    study.config["model"] = {"kind": "mlp", "hidden": [3]}
+    study.config["training"] = training("fedper")
+    plain(study, steps=20)
+    assert study.train("--personal-models").exit_code == 0
+    experiment = Experiment(study.path)
+    training_part, test = experiment.records()
+    model, scores = experiment.model(training_part), study.result()["runs"][0]["metrics"]["accuracy"]["per_owner"]
+    for row, name in enumerate(("north", "south")):
+        model.load_state_dict(torch.load(study.out / "personal" / f"00000{row}-{name}.pt", weights_only=True))
+        mine = test.select((test.owner_codes == row).nonzero().flatten())
+        assert (model(mine.features).argmax(1) == mine.targets).double().mean().item() == pytest.approx(scores[name])
+
+
+@pytest.mark.parametrize("section", [training("fedavg"), {"mode": "central", "learning_rate": 0.1}])
+def test_one_model_for_all_has_no_own_ones_to_write(study, refused, section):
+    study.config["training"] = section
+    said = refused(study.train("--personal-models"))
+    assert 'trains one model for all; leave it out, or choose algorithm = "ditto" or "fedper"' in said
+    assert not study.out.exists()
+
+
+ODD = [
+    "../../etc/x",
+    "a/b",
+    "a\\b",
+    "..",
+    "CON",
+    "\u5317\u4eac \U0001f3e5",
+    "x" * 300,
+    "A",
+    "a",
+    'quote" and\nline',
+    ".",
+]
+
+
+def test_odd_names_of_clients_stay_in_the_folder(tmp_path):
+    models = {name: torch.nn.Linear(1, 1) for name in ODD}
+    out = tmp_path / "out"
+    out.mkdir()
+    written = write_personal_models(out, ODD, models.__getitem__)
+    assert written == out / "personal"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["personal"]
+    files = json.loads((written / "clients.json").read_text(encoding="utf-8"))
+    assert list(files) == ODD
+    assert len({name.lower() for name in files.values()}) == len(ODD)
+    for name, file in files.items():
+        assert re.fullmatch(r"\d{6}-[A-Za-z0-9_-]{0,40}\.pt", file)
+        assert torch.equal(torch.load(written / file, weights_only=True)["weight"], models[name].weight)
+
+
+def test_own_models_are_there_as_a_whole_or_not_at_all(tmp_path):
+    def model_of(name):
+        if name == "south":
+            raise OSError(28, "No space left on device")
+        return torch.nn.Linear(1, 1)
+
+    write_personal_models(tmp_path, ["old"], lambda name: torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match=r"personal cannot be written .No space left on device.; make room"):
+        write_personal_models(tmp_path, ["north", "south"], model_of)
+    assert [path.name for path in tmp_path.iterdir()] == ["personal"]
+    assert sorted(path.name for path in (tmp_path / "personal").iterdir()) == ["000000-old.pt", "clients.json"]
+    write_personal_models(tmp_path, ["north"], lambda name: torch.nn.Linear(1, 1))
+    assert sorted(path.name for path in (tmp_path / "personal").iterdir()) == ["000000-north.pt", "clients.json"]

@@ -112,13 +112,53 @@ def test_what_is_not_there_is_refused(population):
     assert "all" not in population
     assert 0 not in population
     assert population.get("nobody") is None
-    with pytest.raises(KeyError, match="No client has this name"):
+    with pytest.raises(KeyError, match='No client is called "nobody"'):
         population["nobody"]
+    near = population.name_at(1) + "s"
+    with pytest.raises(KeyError, match=f'No client is called "{near}". Did you mean "'):
+        population.index_of(near)
+    with pytest.raises(KeyError, match="is a text, not int"):
+        population.index_of(4711)
     for bad in (-1, 3, 10**9):
         refused(lambda bad=bad: population.at(bad), "[0, 3)", str(bad))
         refused(lambda bad=bad: population.name_at(bad), "[0, 3)")
     refused(lambda: population.at(1.0), "whole number", "float")
     refused(lambda: population.at("0"), "whole number", "str")
+
+
+def test_a_missing_name_is_not_searched_for_among_a_million():
+    many = Population.from_factory(10**6, some)
+    with pytest.raises(KeyError, match='"ward-7"; the names run from "client-000000" to "client-999999"'):
+        many["ward-7"]
+
+
+X, Y = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (Records(X.numpy(), Y), "features must be a tensor, not ndarray"),
+        (Records(X, [0, 1, 0]), "targets must be a tensor, not list"),
+        (Records(X, 3), "targets must be a tensor, not int"),
+        (Records(X.byte(), Y), "features must be floating or int64, not uint8"),
+        (Records(X, Y.int()), "targets must be floating or int64, not int32"),
+        (Records(X, Y[:2]), "does not have one target per record"),
+        (Records(X, Y[:, None]), "does not have one target per record"),
+        (Records(X[0, 0], Y), "does not have one target per record"),
+    ],
+)
+def test_records_that_nobody_checked_are_refused_when_the_client_is_opened(records, said):
+    for action in (
+        lambda: Population.of({"east": some(0, 1, columns=2), "west": records}),
+        lambda: Population.from_factory(2, lambda number: records).at(0),
+    ):
+        refused(action, 'Client "', said, "Records.from_arrays")
+
+
+def test_the_values_of_unchecked_records_are_not_looked_at():
+    broken = Records(torch.full((3, 2), math.nan), Y)
+    assert len(Population.of({"east": broken})) == 1
 
 
 def test_repr_tells_the_number_of_clients_alone(population):

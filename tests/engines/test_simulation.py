@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import random
 import threading
+import traceback
 import tracemalloc
 from collections.abc import Callable, Iterator
 
@@ -12,10 +15,14 @@ import pytest
 import torch
 from helpers import LOSS, flat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sfumato as sf
+from sfumato.data.client_names import Numbered
+from sfumato.data.population import Population
 from sfumato.engines import choosing, simulation
 from sfumato.errors import InputError, UnsupportedModelError
+from sfumato.learning import client_rounds
 from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.training import Training
 
@@ -159,6 +166,142 @@ def test_what_a_model_draws_depends_on_the_seed_and_the_client_only(workers: int
     assert not torch.allclose(first, expected("plain", FEDAVG), atol=1e-4)
 
 
+class _Drops(nn.Module):
+    """The same as `mlp(nn.Dropout(0.5))`, with the dropout in the forward where no module tells of it."""
+
+    def __init__(self, where: str = "everywhere") -> None:
+        super().__init__()
+        inner = mlp(nn.Dropout(0.5))
+        self.one, self.two, self.where = inner[0], inner[3], where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        if self.where == "everywhere" or (self.where == "some" and len(x) == 3):
+            x = F.dropout(x, 0.5, self.training)
+        return self.two(x)
+
+
+DROPPING = {
+    **ENGINES,
+    "2 workers as they like": sf.Simulation(workers=2),
+    "4 workers": sf.Simulation(workers=4, way="alone"),
+}
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("promise", ["plain", "private"])
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_a_forward_draws_depends_on_the_seed_and_the_client_only(name: str, promise: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    plan = private() if promise == "private" else plain()
+    module = after(sf.Simulation(debug=True), plan, model=mlp(nn.Dropout(0.5)))
+    model = _Drops()
+    torch.manual_seed(threads)
+    state = torch.get_rng_state()
+    found = after(DROPPING[name], plan, model=model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.allclose(found, module, rtol=0, atol=1e-6)
+    assert torch.get_num_threads() == threads
+
+
+def drawn_by_the_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return LOSS(F.dropout(outputs, 0.5), targets)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_loss_draws_depends_on_the_seed_and_the_client_only(workers: int) -> None:
+    found = []
+    for engine in (sf.Simulation(workers=workers), sf.Simulation(debug=True)):
+        torch.manual_seed(len(found))
+        found.append(after(engine, plain(), loss=drawn_by_the_loss))
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+    assert not torch.allclose(found[0], expected("plain", FEDAVG), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_forward_that_draws_for_some_clients_is_done_again_in_turns(name: str, first: int) -> None:
+    """Batches of three records first come with client 4 or so, when others already work beside it."""
+    asked: list[tuple[int, str]] = []
+
+    def nobody(step: int, client: str) -> bool:
+        asked.append((step, client))
+        return step == 0 and int(client.removeprefix("site-")) >= 4 * first > 0
+
+    found = []
+    for engine in (DROPPING[name], sf.Simulation(debug=True)):
+        torch.manual_seed(len(found))
+        with_lost = dataclasses.replace(engine, drop_out=nobody)
+        found.append(after(with_lost, plain(), model=_Drops("some")))
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+    never = after(sf.Simulation(debug=True, drop_out=nobody), plain(), model=_Drops("nowhere"))
+    assert not torch.allclose(found[0], never, atol=1e-4)
+
+
+def test_a_model_that_draws_nothing_is_not_seeded_and_takes_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[object] = []
+    honest = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **more: (forked.append(more), honest(**more))[1])
+    training = run(sf.Simulation(workers=2, way="alone"), plain(), _Drops("nowhere"))
+    del forked[:]
+    next(training)
+    procedure = training._procedure
+    assert isinstance(procedure, ClientRounds)
+    assert len(forked) == 1  # the first client, to see whether it draws
+    assert procedure._runner._chooser.choice.workers == 2
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_factory_that_draws_from_the_same_stream_is_not_taken_for_the_model(drops: bool) -> None:
+    def make(number: int) -> sf.Records:
+        torch.manual_seed(number)
+        size = 1 + number % 5
+        return sf.Records(torch.randn(size, 5), torch.randint(0, 3, (size,)))
+
+    population = sf.Population.from_factory(40, make)
+    found, chosen = [], []
+    for engine in (sf.Simulation(workers=2, way="alone"), sf.Simulation(debug=True)):
+        training = run(engine, plain(40), _Drops("everywhere" if drops else "nowhere"), population)
+        for _ in training:
+            pass
+        found.append(flat(training.model))
+        chosen.append(training._procedure._runner._chooser.choice.workers)
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+    assert chosen == [1 if drops else 2, 1]
+
+
+def test_torch_is_tried_with_one_thread_and_with_all_where_one_group_works_at_a_time() -> None:
+    torch.set_num_threads(2)
+    seen: set[choosing.Choice] = set()
+    honest = simulation.Crew._submit
+
+    def watched(crew: simulation.Crew, choice: choosing.Choice, *more: object) -> object:
+        seen.add(choice)
+        job = honest(crew, choice, *more)  # type: ignore[arg-type]
+        assert torch.get_num_threads() == 2
+        return job
+
+    inside: set[int] = set()
+    work = ClientRounds._work
+
+    def counted_work(rounds: ClientRounds, *more: object) -> object:
+        if threading.current_thread() is threading.main_thread():
+            inside.add(torch.get_num_threads())
+        return work(rounds, *more)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation.Crew, "_submit", watched)
+        patch.setattr(simulation.os, "cpu_count", lambda: 2)
+        patch.setattr(choosing, "_MOST_STACKED", 3)
+        patch.setattr(ClientRounds, "_work", counted_work)
+        found = after(sf.Simulation(), plain(steps=12))
+    assert {(one.workers, one.threads) for one in seen} == {(1, 1), (1, 2), (2, 1)}
+    assert inside == {1, 2}
+    assert torch.allclose(found, after(sf.Simulation(debug=True), plain(steps=12)), rtol=0, atol=1e-6)
+    assert torch.get_num_threads() == 2
+
+
 def test_what_a_model_draws_differs_by_client_and_round() -> None:
     class Noise(nn.Module):
         def __init__(self) -> None:
@@ -236,20 +379,134 @@ def test_an_error_names_client_and_step(engine: sf.Simulation, plan: sf.Plan) ->
     assert ("1234" in str(caught.value)) == (not plan.is_private)
 
 
-@pytest.mark.parametrize("wrong", ["kind", "shape", "raises"])
+ERRORS = {"raises": InputError("The file is damaged."), "fails": ValueError("a secret 1234"), "misses": KeyError(1234)}
+
+
+@pytest.mark.parametrize("wrong", ["kind", "shape", *ERRORS])
 @pytest.mark.parametrize("debug", [True, False])
 def test_an_error_while_a_client_is_made_names_client_and_step(wrong: str, debug: bool) -> None:
     def make(number: int) -> sf.Records:
         if number != 3:
             return held(number)
-        if wrong == "raises":
-            raise InputError("The file is damaged.")
+        if wrong in ERRORS:
+            raise ERRORS[wrong]
         records = held(number)
         return sf.Records(records.features[:, :2], records.targets) if wrong == "shape" else None  # type: ignore[return-value]
 
     engine = sf.Simulation(debug=debug, drop_out=lambda step, name: step == 0)
-    with pytest.raises(InputError, match=r'^Client "client-3", step 2, making its records: '):
+    with pytest.raises(InputError, match=r'^Client "client-3", step 2, making its records: ') as caught:
         after(engine, plain(6), population=sf.Population.from_factory(6, make))
+    assert "1234" not in "".join(traceback.format_exception(caught.value))
+    if wrong in ("fails", "misses"):
+        assert f"raised {type(ERRORS[wrong]).__name__}" in str(caught.value)
+
+
+@pytest.mark.parametrize("debug", [True, False])
+@pytest.mark.parametrize("plan", [plain(6), private(6)])
+def test_a_population_of_ones_own_that_fails_names_client_and_step(debug: bool, plan: sf.Plan) -> None:
+    class Own(Population):
+        def _made(self, index: int) -> sf.Records:
+            if index == 4:
+                raise OSError("a secret 1234")
+            return held(index)
+
+        def identity(self) -> str:
+            return "own"
+
+    own = Own(Numbered("client", 6), "by hand")
+    with pytest.raises(
+        InputError, match=r'^Client "client-4", step \d, making its records: it raised OSError'
+    ) as caught:
+        after(sf.Simulation(debug=debug), plan, population=own)
+    assert "1234" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("asked", ["drop_out", "delay"])
+@pytest.mark.parametrize("debug", [True, False])
+def test_who_is_lost_names_client_and_step_where_it_cannot_be_told(asked: str, debug: bool) -> None:
+    def fails(step: int, name: str) -> float:
+        if (step, name) == (1, "site-2"):
+            raise KeyError(name)
+        return 0.0
+
+    more = {"drop_out": fails} if asked == "drop_out" else {"delay": fails, "deadline": 1.0}
+    with pytest.raises(InputError, match=rf'^Client "site-2", step 2, {asked}: it raised KeyError'):
+        after(sf.Simulation(debug=debug, **more), plain(5), population=clients(5))  # type: ignore[arg-type]
+
+
+def test_a_number_is_the_chance_to_be_lost() -> None:
+    engine = sf.Simulation(drop_out=0.1)
+    lost = sum(engine.loses(step, f"site-{number}") for step in range(100) for number in range(100))
+    assert abs(lost - 1000) < 6 * 30  # six standard deviations
+    assert not any(sf.Simulation(drop_out=0.0).loses(step, "site-1") for step in range(1000))
+    assert [engine.loses(step, "a") for step in range(50)] == [
+        sf.Simulation(drop_out=0.1).loses(step, "a") for step in range(50)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"drop_out": 1.0}, r"drop_out must lie in \[0, 1\)"),
+        ({"drop_out": float("nan")}, r"drop_out must lie in \[0, 1\)"),
+        ({"drop_out": True}, r"drop_out must lie in \[0, 1\)"),
+        ({"drop_out": "often"}, "a function of .step, client., not str"),
+        ({"drop_out": bool}, "a function of .step, client., not the class bool"),
+        ({"drop_out": lambda name: True}, r"drop_out is called with \(step, client\), which it cannot take"),
+        ({"drop_out": lambda: True}, "drop_out is called with"),
+        ({"delay": 3.0, "deadline": 1.0}, "delay must be a function of .step, client., not float"),
+        ({"delay": lambda step: 3.0, "deadline": 1.0}, "delay is called with"),
+    ],
+)
+def test_what_cannot_say_who_is_lost_is_refused(more: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        sf.Simulation(**more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_that_drops_nothing_may_be_stacked(rate: float) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.dropout = mlp(), nn.Dropout(rate)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.dropout(x))  # type: ignore[no-any-return]
+
+    for model in (mlp(nn.Dropout(rate)), Named()):
+        if rate:
+            with pytest.raises(InputError, match="draws random numbers"):
+                after(sf.Simulation(way="stacked"), plain(), model=model)
+        else:
+            alone, stacked = (
+                after(sf.Simulation(way=way), plain(), model=copy.deepcopy(model)) for way in ("alone", "stacked")
+            )
+            assert torch.allclose(alone, stacked, atol=1e-6)
+
+
+def test_a_part_of_records_that_fails_names_client_and_step() -> None:
+    def work(name: str) -> int:
+        if name == "site-2":
+            raise RuntimeError("a secret 1234")
+        return 1
+
+    with pytest.raises(InputError, match=r'^Client "site-2", step 5, its part: it raised RuntimeError') as caught:
+        sf.Simulation().run(work, ["site-1", "site-2"], 4)
+    assert "1234" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("plan", [plain(6), private(6)])
+@pytest.mark.parametrize("debug", [True, False])
+def test_what_fails_beside_the_model_names_client_and_step(
+    plan: sf.Plan, debug: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("1234")
+
+    monkeypatch.setattr(client_rounds, "clip_vectors" if plan.is_private else "weighted_sum", fails)
+    with pytest.raises(UnsupportedModelError, match=r'^Client "site-\d", step 1: .*It raised MemoryError') as caught:
+        after(sf.Simulation(debug=debug), plan, population=clients(6))
+    assert ("1234" in str(caught.value)) == (not plan.is_private)
 
 
 def test_what_does_not_go_together_is_refused() -> None:
@@ -345,7 +602,8 @@ def test_two_workers_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> N
     met: list[bool] = []
 
     def watched(rounds: ClientRounds, numbers: list[int], *more: object) -> object:
-        if not met:
+        # The first client works alone, which tells whether the model draws random numbers.
+        if not met and threading.current_thread() is not threading.main_thread():
             meeting.wait()
             met.append(True)
         return honest(rounds, numbers, *more)  # type: ignore[arg-type]

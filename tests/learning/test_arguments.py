@@ -13,7 +13,7 @@ from helpers import LOSS, sgd, toy_model, toy_plan, toy_records
 from torch import nn
 
 import sfumato as sf
-from sfumato.errors import InputError
+from sfumato.errors import InputError, PlanError, UnsupportedModelError
 
 NUMBERS = torch.full((5, 4), 4711.0)
 
@@ -48,6 +48,8 @@ FEDERATED: dict[str, tuple[str, Any, str, str]] = {
     "clients that hold tensors": ("clients", {"north": NUMBERS}, "Tensor", "records.by_owner()"),
     "clients by number": ("clients", {3: toy_records()}, "int", "records.by_owner()"),
     "an algorithm's class": ("algorithm", sf.FedSGD, "the class FedSGD", "FedSGD(partial(SGD, lr=0.1))"),
+    "an engine's class": ("engine", sf.Simulation, "the class Simulation", "for example Simulation()"),
+    "an engine by name": ("engine", "simulation", "str", "for example Simulation()"),
     "an algorithm by name": ("algorithm", "fedavg", "str", "FedSGD(partial(SGD, lr=0.1))"),
 }
 
@@ -98,6 +100,40 @@ def test_a_client_with_records_of_the_wrong_kind_is_named() -> None:
     clients = {**toy_records().by_owner(), "north": NUMBERS}
     with pytest.raises(InputError, match=r'^clients\["north"\] must be of type Records, not Tensor; pass a mapping'):
         sf.federate(**{**arguments("federate"), "clients": clients})
+
+
+def test_a_result_is_no_model_to_evaluate() -> None:
+    result = sf.train(**arguments("train"))
+    with pytest.raises(InputError, match=r"^model must be of type Module, not TrainingResult; pass result\.model\.$"):
+        sf.evaluate(result, toy_records())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^model must be of type Module, not the class Linear; pass an instance\.$"):
+        sf.evaluate(nn.Linear, toy_records())  # type: ignore[arg-type]
+
+
+def test_a_private_federation_tells_the_shapes_that_do_not_fit() -> None:
+    given = {**arguments("federate"), "plan": toy_plan(population=3, batch_size=3, steps=1, unit="client")}
+    wrong = {**given, "model": nn.Sequential(nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 2))}
+    with pytest.raises(UnsupportedModelError, match=r'"0" expects features of shape \(n, 7\), .* shape \(n, 4\)\.$'):
+        sf.federate(**wrong)
+    conv = {**given, "model": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))}
+    with pytest.raises(UnsupportedModelError, match=r"shape \(n, 1, any, any\), .* shape \(n, 4\)\.$"):
+        sf.federate(**conv)
+    wide = {"a": sf.Records(torch.zeros(3, 4).double(), torch.zeros(3, dtype=torch.int64))}
+    plan = toy_plan(population=1, batch_size=1, steps=1, unit="client")
+    with pytest.raises(UnsupportedModelError, match=r"features are float64 and the model is float32; .*from_arrays\.$"):
+        sf.federate(**{**given, "clients": wide, "plan": plan})
+    other = {**given, "model": nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(7, 2))}
+    with pytest.raises(UnsupportedModelError) as caught:
+        sf.federate(**other)
+    assert "expects features" not in str(caught.value)
+
+
+def test_fedavg_for_records_names_five_clients_of_many() -> None:
+    clients = toy_records(owners=30).by_owner()
+    plan = toy_plan(steps=1)
+    algorithm = sf.FedAvg(functools.partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(PlanError, match=r"\(site-0, site-1, site-2, site-3, site-4 and 25 more\)"):
+        sf.federate(**{**arguments("federate"), "clients": clients, "plan": plan, "algorithm": algorithm})
 
 
 @pytest.mark.parametrize("way", ["train", "federate"])

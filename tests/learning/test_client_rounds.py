@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import sfumato as sf
-from sfumato.errors import PlanError
+from sfumato.errors import DivergedError, PlanError
 from sfumato.learning import training as loop
 from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.federated import Algorithm, ClientAlgorithm, Federation, Work, made_for
@@ -221,6 +222,25 @@ def test_a_private_sum_has_no_part_of_an_update_that_is_not_finite(noise: object
     assert training.result().nonfinite == 4
 
 
+@pytest.mark.parametrize("name", ["FedAvg", "FedSGD", "Scaffold"])
+def test_a_round_without_a_finite_update_ends_a_plain_run_and_no_private_one(name: str) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return LOSS(outputs, targets, reduction="none") * math.nan
+
+    training = run(ALGORITHMS[name], plain(3, 3), small_clients(3), loss=loss)
+    with pytest.raises(DivergedError, match=r"is finite in round 1: .* Fix: lower the learning rate"):
+        next(training)
+    assert torch.equal(flat(training.model), flat(small_model()))
+    training = run(ALGORITHMS[name], private(3, 3), small_clients(3), loss=loss)
+    assert len(list(training)) == 3
+    assert training.result().nonfinite == 9
+
+
+def test_a_round_in_which_nobody_answers_has_not_diverged() -> None:
+    training = run(ALGORITHMS["FedAvg"], plain(3, 3), small_clients(3), engine=lost("site-0", "site-1", "site-2"))
+    assert len(list(training)) == 3
+
+
 @pytest.mark.parametrize("name", ["Scaffold", "Ditto", "FedPer"])
 @pytest.mark.parametrize("plan", [private(3, 3), plain(3, 3)])
 def test_what_a_client_keeps_is_never_broken_by_one_bad_round(name: str, plan: sf.Plan) -> None:
@@ -231,7 +251,8 @@ def test_what_a_client_keeps_is_never_broken_by_one_bad_round(name: str, plan: s
         return losses * math.nan if bad[0] else losses
 
     training = run(ALGORITHMS[name], plan, small_clients(3), loss=loss)
-    next(training)
+    with contextlib.nullcontext() if plan.is_private else pytest.raises(DivergedError):
+        next(training)
     bad[0] = False
     before = training.result().nonfinite
     assert before == 3

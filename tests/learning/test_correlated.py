@@ -567,7 +567,7 @@ def federated(model: torch.nn.Module, noise: object, steps: int = 8, **more: Any
     )
     return sf.rounds(
         model, toy_records(owners=12).by_owner(), plan, algorithm=sf.FedSGD(functools.partial(torch.optim.SGD, lr=1.0)),
-        engine=sf.Simulation(), loss=lambda outputs, targets: outputs.sum() * 0, noise=noise, **more,
+        loss=lambda outputs, targets: outputs.sum() * 0, noise=noise, **{"engine": sf.Simulation(), **more},
     )  # fmt: skip
 
 
@@ -615,6 +615,45 @@ def test_after_a_crash_lost_cohorts_are_drawn_again_or_the_run_is_over(comes: bo
     else:
         assert [step.index for step in resumed] == [5, 6, 7, 8]
         assert resumed.result().lost == 2
+
+
+@pytest.mark.parametrize("told", ["numbers", "names", "array"])
+def test_who_has_come_may_be_told_in_numbers_or_names(told: str) -> None:
+    asked: list[set[str]] = []
+
+    def come(step: int) -> object:
+        numbers = [(3 * step + place) % 12 for place in range(3)]
+        if told == "array":
+            return np.array(numbers)
+        return [f"site-{number}" for number in numbers] if told == "names" else numbers
+
+    def drop_out(step: int, name: str) -> bool:
+        asked[step].add(name)
+        return False
+
+    asked = [set() for _ in range(4)]
+    training = federated(
+        torch.nn.Linear(4, 2), CorrelatedNoise(4), steps=4, available=come, engine=sf.Simulation(drop_out=drop_out)
+    )
+    assert len(list(training)) == 4
+    assert asked == [{f"site-{(3 * step + place) % 12}" for place in range(3)} for step in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("come", "said"),
+    [
+        (4711, "the numbers or the names of the clients that came, not int"),
+        ("site-3", "the numbers or the names of the clients that came, not str"),
+        ([True, False], "there is a bool among them"),
+        ([1.5], "there is a float among them"),
+        (["ward-3"], 'No client is called "ward-3"'),
+        ([12], "holds an index that no client has"),
+    ],
+)
+def test_who_has_come_has_to_be_clients(come: object, said: str) -> None:
+    training = federated(torch.nn.Linear(4, 2), CorrelatedNoise(4), available=lambda step: come)
+    with pytest.raises(InputError, match=said):
+        next(training)
 
 
 def test_void_rounds_leave_the_noise_of_the_others_right() -> None:

@@ -106,6 +106,9 @@ def test_what_is_out_of_range_is_refused() -> None:
         (lambda: sf.FirstOf(()), "tuple of rules"),
         (lambda: sf.FirstOf((3,)), "tuple of rules"),  # type: ignore[arg-type]
         (lambda: sf.FirstOf(sf.Rounds(3)), "tuple of rules"),  # type: ignore[arg-type]
+        (lambda: sf.FirstOf(sf.Rounds(3), sf.Rounds(2)), "one tuple of rules"),  # type: ignore[arg-type]
+        (lambda: sf.FirstOf((sf.Rounds(3),), sf.Rounds(2)), "one tuple of rules"),
+        (sf.FirstOf, "one tuple of rules"),
     ]:
         with pytest.raises(InputError, match=message):
             make()
@@ -134,5 +137,7 @@ def test_a_private_run_that_stops_early_has_cost_the_whole_plan_and_says_what_it
     early = federate(plan, sf.Target(lambda model: 1.0, 0.5))
     assert len(early.steps) == 1
     assert early.privacy.epsilon == pytest.approx(whole)
+    why = "the score 1 reached the target 0.5"
+    assert early.stopped == f"{why} (1 of 5 steps were taken; the whole plan stays charged)"
     assert any("stopping rule" in sentence for sentence in early.privacy.not_covered)
     assert not any("stopping rule" in sentence for sentence in federate(plan, sf.Rounds(2)).privacy.not_covered)

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sfumato import _checks
 from sfumato.data.client_names import MAPPING_FIX, ClientNames, Listed, Numbered, check_name, kind_of
 from sfumato.data.records import Records
-from sfumato.errors import InputError
+from sfumato.errors import InputError, SfumatoError
 
 if TYPE_CHECKING:
     from sfumato.data.schema import Schema
     from sfumato.data.tables import TablePath
 
 _Array: TypeAlias = npt.NDArray[Any]
+
+_CHECKED_WAY = "make its records with Records.from_arrays"
+_SEARCHED = 1000  # names among which the nearest to a wrong one is looked for
 
 
 class Population(Mapping[str, Records], ABC):
@@ -82,9 +86,17 @@ class Population(Mapping[str, Records], ABC):
         """
         index = self._names.index_of(name)
         if index is None:
-            first, last = self._names.at(0), self._names.at(len(self._names) - 1)
-            raise KeyError(f'No client has this name; the names run from "{first}" to "{last}".')
+            raise KeyError(self._missing(name))
         return index
+
+    def _missing(self, name: object) -> str:
+        if not isinstance(name, str):
+            return f"The name of a client is a text, not {kind_of(name)}."
+        if len(self) <= _SEARCHED:
+            return f'No client is called "{name}".{_checks.did_you_mean(name, self)}'
+        return (
+            f'No client is called "{name}"; the names run from "{self.name_at(0)}" to "{self.name_at(len(self) - 1)}".'
+        )
 
     @final
     @override
@@ -143,11 +155,11 @@ class Population(Mapping[str, Records], ABC):
         if isinstance(clients, Population):
             return clients
         check_mapping(clients)
-        alike = Alike()
+        alike, held = Alike(), []
         for name, records in clients.items():
-            check_client(name, records)
-            alike.check(name, records)
-        return _Held(Listed(tuple(clients)), tuple(clients.values()))
+            held.append(check_client(name, records))
+            alike.check(name, held[-1])
+        return _Held(Listed(tuple(clients)), tuple(held))
 
     @staticmethod
     def from_factory(
@@ -164,8 +176,8 @@ class Population(Mapping[str, Records], ABC):
                 factories of the same count and name apart by this alone.
 
         Raises:
-            InputError: an argument is of the wrong kind; when a client is drawn: it is no Records, has no record, or
-                differs in shape or dtype from the first one drawn.
+            InputError: an argument is of the wrong kind; when a client is drawn: `make` fails, or what it makes is no
+                Records, has no record, or differs in shape or dtype from the first one drawn.
         """
         if not callable(make):
             raise InputError(f"make must be a function of a client's number, not {kind_of(make)}.")
@@ -288,7 +300,18 @@ class _Manufactured(Population):
 
     @override
     def _made(self, index: int) -> Records:
-        records: object = self._make(index)
+        try:
+            records: object = self._make(index)
+        except SfumatoError:
+            raise
+        except Exception as error:
+            # Its own words may hold values of the records.
+            raise InputError(
+                f'The factory raised {type(error).__name__} for client "{self.name_at(index)}"; mend it: called with {index} '
+                "it tells more."
+            ) from None
+        if isinstance(records, Records):
+            check_form(self.name_at(index), records)
         if not isinstance(records, Records) or not len(records):
             what = "no record" if isinstance(records, Records) else f"not Records but {kind_of(records)}"
             raise InputError(
@@ -313,11 +336,10 @@ class Alike:
         """Refuse the client if it does not fit the first one.
 
         Raises:
-            InputError: it differs, or does not have one target per record.
+            InputError: it differs, or is not what `Records` says of itself.
         """
+        check_form(name, records)
         x, y = records.features, records.targets
-        if y.ndim != 1 or x.ndim == 0 or len(x) != len(y):
-            raise InputError(f'Client "{name}" does not have one target per record; make it with Records.from_arrays.')
         layout = (x.shape[1:], x.dtype, y.dtype)
         if self._first is None:
             self._first = (name, layout)
@@ -329,17 +351,37 @@ class Alike:
             )
 
 
-def check_client(name: object, records: object) -> None:
-    """Refuse what cannot be a client.
+def check_client(name: object, records: object) -> Records:
+    """Return the records of a client, or refuse what cannot be one.
 
     Raises:
-        InputError: the name cannot be one, or there are no Records or no record.
+        InputError: the name cannot be one, there are no Records or no record, or they are not what `Records` says of itself.
     """
     check_name(name)
     if not isinstance(records, Records):
         raise InputError(f'clients["{name}"] must be of type Records, not {kind_of(records)}; {MAPPING_FIX}.')
+    check_form(str(name), records)
     if not len(records):
         raise InputError(f'Client "{name}" has no records; leave it out of the federation.')
+    return records
+
+
+def check_form(name: str, records: Records) -> None:
+    """Refuse Records that were built directly from what they do not hold; no value of a record is looked at.
+
+    Raises:
+        InputError: features or targets are no tensors of floating or int64 numbers, or there is not one target per record.
+    """
+    for what, values in (("features", records.features), ("targets", records.targets)):
+        held: object = values
+        if not isinstance(held, Tensor):
+            raise InputError(f'Client "{name}": {what} must be a tensor, not {kind_of(held)}; {_CHECKED_WAY}.')
+        if not held.is_floating_point() and held.dtype != torch.int64:
+            dtype = str(held.dtype).removeprefix("torch.")
+            raise InputError(f'Client "{name}": {what} must be floating or int64, not {dtype}; {_CHECKED_WAY}.')
+    x, y = records.features, records.targets
+    if y.ndim != 1 or x.ndim == 0 or len(x) != len(y):
+        raise InputError(f'Client "{name}" does not have one target per record; {_CHECKED_WAY}.')
 
 
 def check_mapping(clients: object) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -27,11 +28,13 @@ class Choice:
         way: How the clients of a chunk are trained.
         chunk: Clients of a chunk.
         workers: Threads, each with a chunk of its own.
+        threads: Torch's own threads within each worker.
     """
 
     way: str
     chunk: int
     workers: int
+    threads: int
 
 
 @final
@@ -60,16 +63,16 @@ class Chooser:
 
     Args:
         ways: That the clients can be trained in.
-        workers: Numbers of threads to try.
+        workers: Numbers of threads to try, each with the numbers of torch's own threads that a worker of them may have.
         size: Numbers in one client's model.
     """
 
-    def __init__(self, ways: Sequence[str], workers: Sequence[int], size: int) -> None:
+    def __init__(self, ways: Sequence[str], workers: Mapping[int, Sequence[int]], size: int) -> None:
         choices: list[Choice] = []
         for way in ways:
-            for count in workers:
-                chunks = _stacks(size) if way == STACKED else [_ALONE]
-                choices += [Choice(way, chunk, count) for chunk in chunks]
+            chunks = _stacks(size) if way == STACKED else [_ALONE]
+            for count, inner in workers.items():
+                choices += [Choice(way, chunk, count, threads) for threads in inner for chunk in chunks]
         # The surest way first: it sets the time that the others have to beat.
         self._trials = [_Trial(choice) for choice in reversed(list(dict.fromkeys(choices)))]
         self._at = 0
@@ -103,7 +106,7 @@ class Chooser:
     def refuse(self, way: str) -> None:
         """Try a way no longer; one by one is what is left if it was the only one."""
         left = [trial for trial in self._trials if trial.choice.way != way]
-        self._trials = left or [_Trial(Choice(ALONE, _ALONE, self._trials[0].choice.workers))]
+        self._trials = left or [_Trial(dataclasses.replace(self._trials[0].choice, way=ALONE, chunk=_ALONE))]
 
 
 def _stacks(size: int) -> list[int]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar, final
 
 import torch
 
 from sfumato import _checks
+from sfumato.data.client_names import kind_of
 from sfumato.data.records import Records
 from sfumato.engines.choosing import Choice, Chooser
+from sfumato.engines.dropping import DropOut
 from sfumato.errors import InputError, SfumatoError
 from sfumato.learning.federated import Answer, Task
 from sfumato.learning.groups import ALONE, STACKED
@@ -30,13 +35,15 @@ class Simulation:
     """Runs the clients of a round on this machine, in the way that measures fastest.
 
     While the first clients of a run are trained, ways to train them are timed against each other: many clients stacked along
-    one more dimension, or one after the other; in chunks of several sizes; in one thread or in all. The ways differ in
-    rounding alone, so neither the number of workers nor the chunks change a result by more than that. Clients are made
-    when their chunk is due, so memory holds some chunks and one model for each worker.
+    one more dimension, or one after the other; in chunks of several sizes; in one thread or in all, be they workers or
+    torch's own. The ways differ in rounding alone, so neither the number of workers nor the chunks change a result by more
+    than that. Clients whose model draws from torch's random numbers (dropout, wherever it is called) are seeded one by one,
+    and take turns. Clients are made when their chunk is due, so memory holds some chunks and one model for each worker.
 
     Args:
         drop_out: Called with (step, client); True means that this client is lost in this step. It must not look at
-            records: who is lost is not covered by any budget.
+            records: who is lost is not covered by any budget. Or the chance in [0, 1) that a client is lost in a step, the
+            same clients in every run.
         delay: Called with (step, client); the seconds that pass until the client would answer, in simulated time.
         deadline: Seconds after which the server no longer waits; later clients are lost in this step.
         workers: Threads that train at a time; None for the fastest of 1 and the number of cores.
@@ -44,10 +51,10 @@ class Simulation:
         debug: One client at a time, one by one, so that every error names its client; slow.
 
     Raises:
-        InputError: an argument is out of range, or only one of delay and deadline is given.
+        InputError: an argument is out of range or of the wrong kind, or only one of delay and deadline is given.
     """
 
-    drop_out: Callable[[int, str], bool] | None = None
+    drop_out: Callable[[int, str], bool] | float | None = None
     delay: Callable[[int, str], float] | None = None
     deadline: float | None = None
     workers: int | None = None
@@ -57,6 +64,9 @@ class Simulation:
     def __post_init__(self) -> None:
         if (self.delay is None) != (self.deadline is None):
             raise InputError("delay and deadline go together; give both or neither.")
+        for name, asked in (("drop_out", self._drop_out), ("delay", self.delay)):
+            if asked is not None:
+                _check_called(name, asked)
         if self.deadline is not None:
             _checks.positive("deadline", self.deadline)
         if self.workers is not None:
@@ -79,7 +89,9 @@ class Simulation:
             try:
                 answers[name] = work(name)
             except SfumatoError as error:
-                raise type(error)(f'Client "{name}", step {step + 1}: {error}') from error
+                raise _blamed(error, name, step) from error
+            except Exception as error:
+                raise _blamed(error, name, step, "its part") from None
         return answers
 
     def start(self, task: Task) -> Crew:
@@ -87,10 +99,23 @@ class Simulation:
         return Crew(self, task)
 
     def loses(self, step: int, name: str) -> bool:
-        """Whether a client does not answer, or too late."""
-        if self.drop_out is not None and self.drop_out(step, name):
-            return True
-        return self.delay is not None and self.deadline is not None and self.delay(step, name) > self.deadline
+        """Whether a client does not answer, or too late.
+
+        Raises:
+            SfumatoError: `drop_out` or `delay` failed; names client and step.
+        """
+        asked = "drop_out"
+        try:
+            if self._drop_out is not None and self._drop_out(step, name):
+                return True
+            asked = "delay"
+            return self.delay is not None and self.deadline is not None and self.delay(step, name) > self.deadline
+        except Exception as error:  # the cause may be shown, because neither may look at records
+            raise _blamed(error, name, step, asked) from error
+
+    @cached_property
+    def _drop_out(self) -> Callable[[int, str], bool] | None:
+        return DropOut(self.drop_out) if isinstance(self.drop_out, (int, float)) else self.drop_out
 
     @property
     def looks_at_names(self) -> bool:
@@ -104,19 +129,32 @@ class Crew:
 
     def __init__(self, engine: Simulation, task: Task) -> None:
         self._engine, self._task = engine, task
-        cores = 1 if task.serial or engine.debug else engine.workers or (os.cpu_count() or 1)
-        counts = {cores} if engine.workers or task.serial or engine.debug else {1, cores}
-        ways = [way for way in task.ways if engine.way is None or way.startswith(engine.way)]
-        if engine.debug:
-            ways = [ALONE]
-        if not ways:
+        if not self._ways():
             raise InputError(
                 f'This federation cannot run its clients "{engine.way}": the model draws random numbers, or the optimiser of '
                 "the clients is not known to treat each weight alone. Leave way out."
             )
-        self._chooser = Chooser(ways, sorted(counts), task.size)
+        self._chooser = self._choices()
         self._pools: dict[int, ThreadPoolExecutor] = {}
         self._sound: set[str] = {ALONE}
+
+    def _choices(self) -> Chooser:
+        """Return the ways to try, which are fewer where clients have to take turns."""
+        engine, task, inner = self._engine, self._task, torch.get_num_threads()
+        self._in_turns = bool(task.draws.found)
+        cores = 1 if self._in_turns or engine.debug else engine.workers or (os.cpu_count() or 1)
+        counts = {cores} if engine.workers or engine.debug else {1, cores}
+        # Where other programs keep the cores busy, torch's threads wait for one another: one of them may be far faster.
+        alone = {inner} if engine.debug else {1, inner}
+        workers = {count: sorted(alone) if count == 1 else [max(1, inner // count)] for count in sorted(counts)}
+        return Chooser(self._ways() or [ALONE], workers, task.size)
+
+    def _ways(self) -> list[str]:
+        wanted, in_turns = self._engine.way, bool(self._task.draws.found)
+        if self._engine.debug:
+            return [ALONE]
+        here = [way for way in self._task.ways if not (in_turns and way == STACKED)]
+        return [way for way in here if wanted is None or way.startswith(wanted)]
 
     def answers(self, clients: Sequence[int], step: int) -> Iterator[Answer]:
         """Yield answers that together are those of all clients that were not lost.
@@ -129,6 +167,11 @@ class Crew:
             name_at = self._task.population.name_at
             present = [number for number in clients if not self._engine.loses(step, name_at(number))]
         left = 0
+        if self._task.draws.found is None and present:
+            yield self._first(present[0], step)
+            left = 1
+        if self._task.draws.found and not self._in_turns:
+            self._chooser = self._choices()
         while left < len(present):
             choice = self._chooser.choice
             if self._chooser.settled:
@@ -141,6 +184,15 @@ class Crew:
                 answers = self._tried(some, records, step, choice)
             left += len(some)
             yield from answers
+
+    def _first(self, number: int, step: int) -> Answer:
+        """Let one client work while no other does: what it draws, it draws for all, and so does what makes its records."""
+        draws, before = self._task.draws, torch.get_rng_state()
+        records = self._records([number], step)
+        draws.trusted = torch.equal(torch.get_rng_state(), before)
+        answer = self._work([number], records, step, ALONE)
+        draws.found = bool(draws.found)
+        return answer
 
     def _tried(self, clients: Sequence[int], records: Sequence[Records], step: int, choice: Choice) -> list[Answer]:
         if choice.way not in self._sound:
@@ -192,18 +244,21 @@ class Crew:
                 made.append(self._task.population.at(number))
             except SfumatoError as error:
                 name = self._task.population.name_at(number)
-                raise type(error)(f'Client "{name}", step {step + 1}, making its records: {error}') from error
+                raise _blamed(error, name, step, "making its records") from error
+            except Exception as error:
+                name = self._task.population.name_at(number)
+                raise _blamed(error, name, step, "making its records") from None
         return made
 
     def _submit(self, choice: Choice, clients: Sequence[int], records: Sequence[Records], step: int) -> Future[Answer]:
         if choice.workers == 1:
             done: Future[Answer] = Future()
-            done.set_result(self._work(clients, records, step, choice.way))
+            with _torch_threads(choice.threads):
+                done.set_result(self._work(clients, records, step, choice.way))
             return done
         if choice.workers not in self._pools:
-            threads = max(1, torch.get_num_threads() // choice.workers)
             self._pools[choice.workers] = ThreadPoolExecutor(
-                choice.workers, "sfumato-client", initializer=torch.set_num_threads, initargs=(threads,)
+                choice.workers, "sfumato-client", initializer=torch.set_num_threads, initargs=(choice.threads,)
             )
         return self._pools[choice.workers].submit(self._work, clients, records, step, choice.way)
 
@@ -216,5 +271,44 @@ class Crew:
         except SfumatoError as error:
             if way != ALONE:  # the sure way goes through, or its error names one client
                 return self._work(clients, records, step, ALONE)
-            name = self._task.population.name_at(clients[0])
-            raise type(error)(f'Client "{name}", step {step + 1}: {error}') from error
+            raise _blamed(error, self._task.population.name_at(clients[0]), step) from error
+
+
+def _check_called(name: str, asked: object) -> None:
+    """Refuse what cannot be called with (step, client)."""
+    number = "a number in [0, 1) or " if name == "drop_out" else ""
+    if isinstance(asked, type) or not callable(asked):
+        raise InputError(f"{name} must be {number}a function of (step, client), not {kind_of(asked)}.")
+    try:
+        takes = inspect.signature(asked)
+    except (TypeError, ValueError):  # some that are not written in Python do not tell
+        return
+    try:
+        takes.bind(0, "client")
+    except TypeError:
+        raise InputError(
+            f"{name} is called with (step, client), which it cannot take; write it as a function of these two."
+        ) from None
+
+
+def _blamed(error: Exception, client: str, step: int, stage: str = "") -> SfumatoError:
+    """Return an error that names the client and what was done; of sfumato's errors alone it tells the words."""
+    where = f'Client "{client}", step {step + 1}{stage and ", "}{stage}'
+    if isinstance(error, SfumatoError):
+        return type(error)(f"{where}: {error}")
+    # Any other may hold values of the records.
+    return InputError(f"{where}: it raised {type(error).__name__}; mend it.")
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads of its own meanwhile."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

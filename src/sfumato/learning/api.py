@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sfumato import _checks
@@ -19,7 +19,7 @@ from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.augmentation import Augment
 from sfumato.learning.central import Central
 from sfumato.learning.checkpoint import Checkpoint
-from sfumato.learning.federated import Algorithm, Engine, Federation
+from sfumato.learning.federated import Algorithm, Available, Engine, Federation
 from sfumato.learning.plan import Plan
 from sfumato.learning.stopping import Stop
 from sfumato.learning.training import Account, Step, Training, TrainingResult
@@ -93,7 +93,7 @@ def rounds(
     model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
     weighting: Weighting | None = None, quorum: int = 0, stop: Stop | None = None,
-    available: Callable[[int], Tensor] | None = None,
+    available: Available | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
     compute: Compute = DEFAULT,
@@ -117,7 +117,7 @@ def rounds(
         quorum: If fewer clients answer, a round is void: it is spent and releases nothing. At most the expected cohort.
         stop: Ends the run before the plan does, for example `Target(score, 0.95)`.
         available: For sampling "min-separation": called with each step (from 0); returns the numbers of the clients that have
-            come, (any,) int64, among whom the cohort is drawn.
+            come, (any,) int64 or a list, or their names; the cohort is drawn among them.
         ledger: As for `steps`.
         dataset: The data set's name in the ledger.
         purpose: What the charge is called.
@@ -134,6 +134,8 @@ def rounds(
         _expect("clients", clients, Mapping, "pass a mapping of name to Records, for example records.by_owner()")
         population = Population.of(clients)
         _expect("algorithm", algorithm, Algorithm, "make one, for example FedSGD(partial(SGD, lr=0.1))")
+        if isinstance(engine, type) or not all(callable(getattr(engine, name, None)) for name in ("run", "start")):
+            raise InputError(f"engine must be an engine, not {_kind_of(engine)}; make one, for example Simulation().")
         _check_run(plan, loss, ledger, checkpoint, compute)
         source = source or SecureSource()
         if weighting is not None:
@@ -159,7 +161,7 @@ def federate(
     model: nn.Module, clients: Mapping[str, Records], plan: Plan, *, algorithm: Algorithm, engine: Engine, loss: Loss,
     noise: Aggregation | None = None, populations: Mapping[str, int] | None = None,
     weighting: Weighting | None = None, quorum: int = 0, stop: Stop | None = None,
-    available: Callable[[int], Tensor] | None = None,
+    available: Available | None = None,
     ledger: Ledger | None = None, dataset: str = "federation", purpose: str = "federated training",
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
     compute: Compute = DEFAULT, on_step: Callable[[Step], None] | None = None,

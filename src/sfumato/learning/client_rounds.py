@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sfumato.data.client_names import kind_of
 from sfumato.data.participation import MinSeparation, SeparatedDraws
 from sfumato.data.records import Records
-from sfumato.errors import PlanError
+from sfumato.errors import DivergedError, InputError, PlanError, UnsupportedModelError
 from sfumato.gradients import spare
 from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.clipping import MAX_UNITS, clip_vectors, weighted_sum
@@ -28,7 +30,17 @@ from sfumato.learning.federated import (
     check_federation,
     who_is_protected,
 )
-from sfumato.learning.groups import ALONE, CHANNELS_LAST, STACKED, Group, Hints, draws_numbers, running_statistics
+from sfumato.learning.first_layer import misfit
+from sfumato.learning.groups import (
+    ALONE,
+    CHANNELS_LAST,
+    STACKED,
+    Draws,
+    Group,
+    Hints,
+    draws_numbers,
+    running_statistics,
+)
 from sfumato.learning.procedure import Procedure, check_optimizer, optimizer_state, restore_optimizer
 from sfumato.learning.weighting import BY_RECORDS, Uniform
 from sfumato.privacy.bounded import Bounded, Released, Tensors
@@ -80,16 +92,17 @@ class ClientRounds(Procedure):
             )
         self._draws = plan.sampler.start(count, federation.source) if federation.counts_clients else None
         self._asked = self._answered = 0
-        self._hints, self._key = Hints(), 0
-        serial, ways = draws_numbers(model), [ALONE]
+        draws = Draws(found=draws_numbers(model) or None)
+        self._hints, self._key = Hints(draws=draws), 0
+        ways = [ALONE]
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             ways.insert(0, CHANNELS_LAST)
-        if algorithm.is_stackable and not serial:
+        if algorithm.is_stackable and not draws.found:
             ways.insert(0, STACKED)
         self._runner = federation.engine.start(
             Task(
                 federation.clients, self._work, tuple(ways), self._agrees,
-                sum(value.numel() for value in self._shapes.values()), serial,
+                sum(value.numel() for value in self._shapes.values()), draws,
             )
         )  # fmt: skip
         self.use_terms(plan.terms(0))
@@ -143,8 +156,12 @@ class ClientRounds(Procedure):
 
     def ask(self, clients: Sequence[int], key: int, step: int) -> Answer:
         """Return what these clients hand in, those that were not lost."""
-        self._key = key
-        return Answer.joined(self._runner.answers(clients, step))
+        self._key, draws = key, self._hints.draws
+        whole = Answer.joined(self._runner.answers(clients, step))
+        if draws.late:  # once in a run: from now on clients are seeded and take turns
+            draws.late = False
+            whole = Answer.joined(self._runner.answers(clients, step))
+        return whole
 
     def note(self, asked: int, answer: Answer) -> None:
         """Take note of how a round went, and, unless it is void, of what its clients keep."""
@@ -160,7 +177,29 @@ class ClientRounds(Procedure):
         if self._federation.available is None:
             return self._draws.batch(step).tolist()
         assert isinstance(self._draws, SeparatedDraws)
-        return self._draws.batch(step, self._federation.available(step)).tolist()
+        return self._draws.batch(step, self._come(self._federation.available(step))).tolist()
+
+    def _come(self, available: object) -> Tensor:
+        """Return the numbers of the clients that have come, whether numbers or names were told."""
+        if isinstance(available, Tensor):
+            return available
+        if isinstance(available, str) or not isinstance(available, Iterable):
+            raise InputError(
+                f"available must return the numbers or the names of the clients that came, not {kind_of(available)}."
+            )
+        return torch.tensor([self._number(client) for client in available], dtype=torch.int64)
+
+    def _number(self, client: object) -> int:
+        try:
+            if isinstance(client, str):
+                return self._federation.clients.index_of(client)
+            if not isinstance(client, bool):
+                return operator.index(client)  # type: ignore[arg-type]
+        except KeyError as error:
+            raise InputError(f"available: {error.args[0]}") from None
+        except TypeError:
+            pass
+        raise InputError(f"available must return numbers or names of clients; there is a {kind_of(client)} among them.")
 
     @property
     @override
@@ -172,7 +211,12 @@ class ClientRounds(Procedure):
         self.aggregation.void()
 
     def _work(self, clients: Sequence[int], records: Sequence[Records], way: str) -> Answer:
-        answer, vectors = self._computed(clients, records, way)
+        model = self._federation.model
+        try:
+            with running(model, "on a client's records", quote=not self.is_private):
+                answer, vectors = self._computed(clients, records, way)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}{misfit(model, records[0].features)}") from error.__cause__
         for value in vectors.values():
             spare.give(value)
         return answer
@@ -180,9 +224,8 @@ class ClientRounds(Procedure):
     def _computed(
         self, clients: Sequence[int], records: Sequence[Records], way: str
     ) -> tuple[Answer, dict[str, Tensor]]:
-        with running(self._federation.model, "on a client's records", quote=not self.is_private):
-            group = Group(self._federation.model, self._federation.loss, clients, records, self._key, way, self._hints)
-            work = self._algorithm.client(group, self._server.shared, self._kept_by(clients))
+        group = Group(self._federation.model, self._federation.loss, clients, records, self._key, way, self._hints)
+        work = self._algorithm.client(group, self._server.shared, self._kept_by(clients))
         vectors = {name: work.vectors[name] for name in self._shapes if name in work.vectors}
         wrong = len(vectors) != len(work.vectors) or any(
             name not in vectors or vectors[name].shape != (len(clients), *value.shape)
@@ -286,7 +329,20 @@ class ClientRounds(Procedure):
     @override
     def plain(self, step: int) -> None:
         answer = self._answer(step)
+        self.refuse_divergence(answer, step)
         self.use(self.plain_mean(answer), self.share(answer))
+
+    def refuse_divergence(self, answer: Answer, step: int) -> None:
+        """Refuse a round without privacy in which clients answered and no update was finite.
+
+        Raises:
+            DivergedError: so it was.
+        """
+        if answer.nonfinite and not answer.answered:
+            raise DivergedError(
+                f"No client's update is finite in round {step + 1}: the training diverged. Fix: lower the learning rate of the "
+                "clients, and check that the loss is finite on their records."
+            )
 
     def plain_mean(self, answer: Answer) -> Tensors:
         """Return the weighted mean of an answer; nothing if the round is void or nobody counts."""

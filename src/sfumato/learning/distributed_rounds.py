@@ -118,6 +118,7 @@ class SharedRounds(SharedProcedure):
     @override
     def plain(self, step: int) -> None:
         whole = self._answer(step)
+        self._rounds.refuse_divergence(whole, step)
         self._use(self._rounds.plain_mean(whole) if self.leads else {}, self._rounds.share(whole))
 
     @override

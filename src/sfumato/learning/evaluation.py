@@ -15,6 +15,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sfumato import _checks
+from sfumato.data.client_names import kind_of
 from sfumato.data.population import Population
 from sfumato.data.records import Records
 from sfumato.errors import DivergedError, InputError, PlanError, UnsupportedModelError
@@ -196,6 +197,7 @@ def evaluate(
     _checks.count("bins", bins)
     _checks.count("batch", batch)
     level = _checks.fraction("confidence", confidence)
+    _check_model(model)
     held = _held(records)
     unit = Unit.RECORD if isinstance(held, Records) else Unit.CLIENT
     paid = _price(budget, ledger, unit)
@@ -250,6 +252,12 @@ def evaluate(
     stds = {name: math.sqrt(part.noise_std**2 + _ROUNDING) for name, part in released.items()}
     noisy = {name: part.value[name] for name, part in released.items()}
     return Evaluation(names, *measure(layout, noisy, stds, level, unit), layout.loss_bound, level, statement, unit)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        fix = "pass result.model" if isinstance(getattr(model, "model", None), nn.Module) else "pass an instance"
+        raise InputError(f"model must be of type Module, not {kind_of(model)}; {fix}.")
 
 
 def _held(records: Records | Mapping[str, Records]) -> Records | Population | None:

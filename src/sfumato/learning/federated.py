@@ -30,7 +30,7 @@ from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.gradients.support import check_model, trainable
 from sfumato.learning.aggregation import Aggregation
-from sfumato.learning.groups import Group, running_statistics
+from sfumato.learning.groups import Draws, Group, running_statistics
 from sfumato.learning.local_training import MakeOptimizer
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import Procedure, check_optimizer
@@ -40,6 +40,9 @@ from sfumato.privacy.budget import Unit
 from sfumato.privacy.randomness import RandomSource
 
 Result = TypeVar("Result")
+
+Available = Callable[[int], Tensor | Iterable[int] | Iterable[str]]
+"""Called with a step, from 0; tells the numbers, (any,) int64 or a list, or the names of the clients that have come to it."""
 
 
 @final
@@ -100,7 +103,8 @@ class Task:
         ways: In which the work can be done, the surest last; they differ in speed and rounding only.
         agrees: Whether a way gives for these clients what the last one gives, computed in float64.
         size: Numbers in one client's vector.
-        serial: Whether clients draw from one stream of random numbers, so that they must take their turns.
+        draws: Whether clients draw from one stream of random numbers, so that they must take their turns. Until it is known,
+            a client must work while no other does; work with each client alone finds it out.
     """
 
     population: Population
@@ -108,7 +112,7 @@ class Task:
     ways: tuple[str, ...]
     agrees: Callable[[Sequence[int], Sequence[Records], str], bool]
     size: int
-    serial: bool = False
+    draws: Draws = field(default_factory=Draws)
 
 
 class Runner(Protocol):
@@ -147,7 +151,7 @@ class Federation:
         compute: Speed knobs.
         weighting: How much a client counts.
         quorum: Fewer answers than this make a round void.
-        available: Tells the numbers of the clients that have come to a step, (any,) int64; None for all.
+        available: Tells which clients have come to a step; None for all.
     """
 
     model: nn.Module
@@ -160,7 +164,7 @@ class Federation:
     compute: Compute = DEFAULT
     weighting: Weighting = BY_RECORDS
     quorum: int = 0
-    available: Callable[[int], Tensor] | None = None
+    available: Available | None = None
 
     @property
     def counts_clients(self) -> bool:

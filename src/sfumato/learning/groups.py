@@ -51,10 +51,28 @@ _Batch = tuple[Tensor, Tensor, Tensor | None]
 
 @final
 @dataclass
+class Draws:
+    """Whether the work of clients draws from torch's random numbers (dropout): one stream for all threads of a process.
+
+    Attributes:
+        found: None until it is known, for which a first client has to work while no other does. If True, every client is
+            seeded on its own, and they have to take turns.
+        late: Whether a client drew after the first did not, so that others may have drawn from the same stream meanwhile.
+        trusted: Whether the work of clients is all that draws from the stream meanwhile; a factory of records may, too.
+    """
+
+    found: bool | None = None
+    late: bool = False
+    trusted: bool = True
+
+
+@final
+@dataclass
 class Hints:
     """What was found out about a model while its first clients were trained; it changes the speed and nothing else.
 
     Attributes:
+        draws: Whether the model draws random numbers.
         fused: Parameters that `fused_linear` may take; None before the first step.
         padding: Whether stacked clients may have batches of different sizes; where records are mixed in the forward pass,
             what is put in place of missing ones would be mixed in. Such groups are then trained one by one.
@@ -62,6 +80,7 @@ class Hints:
 
     fused: frozenset[str] | None = None
     padding: bool = True
+    draws: Draws = field(default_factory=Draws)
 
 
 @final
@@ -204,13 +223,25 @@ class Group:
 
     @contextlib.contextmanager
     def _random(self, rows: Sequence[int]) -> Iterator[None]:
-        """Seed what a client's dropout draws by the round and the client, whoever worked before it."""
-        if self.way == STACKED or not draws_numbers(self.model):
+        """Seed what a client's dropout draws by the round and the client, whoever worked before it; watch whether it draws."""
+        draws = self.hints.draws
+        if self.way == STACKED or (draws.found is False and not draws.trusted):  # stacked, torch refuses to draw
             yield
             return
-        with torch.random.fork_rng():
-            torch.manual_seed(int(mixed(mixed(torch.tensor(self.clients[rows[0]]) + self.key) - 1)))
+        if draws.found is False:
+            before = stream_of(self.model)
             yield
+            if stream_of(self.model) != before:
+                draws.found = draws.late = True
+            return
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        # `torch.manual_seed` is slow where there may be accelerators: it notes down who called it, for each kind of them.
+        seed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
+        with torch.random.fork_rng(devices=[] if on_cpu else None):
+            seed(int(mixed(mixed(torch.tensor(self.clients[rows[0]]) + self.key) - 1)))
+            before = stream_of(self.model)
+            yield
+            draws.found = draws.found or stream_of(self.model) != before
 
 
 @final
@@ -477,11 +508,22 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def draws_numbers(model: nn.Module) -> bool:
-    """Whether the model draws random numbers in training (dropout), so that clients have to be seeded one by one."""
-    return any(
-        module.training and (isinstance(module, (_DropoutNd, nn.RReLU)) or getattr(module, "dropout", 0))
-        for module in model.modules()
-    )
+    """Whether a layer of the model draws random numbers in training; what a forward draws itself, only running it tells."""
+    return any(module.training and (_drops(module) or isinstance(module, nn.RReLU)) for module in model.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    rate = getattr(module, "dropout", 0)  # as recurrent and attention layers have
+    return not isinstance(rate, nn.Module) and bool(rate)
+
+
+def stream_of(model: nn.Module) -> bytes:
+    """Return where the stream of random numbers stands that the model draws from."""
+    device = next(model.parameters()).device
+    here = torch.get_rng_state().numpy().tobytes()
+    return here + torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else here
 
 
 def _fresh(value: Tensor) -> Tensor:

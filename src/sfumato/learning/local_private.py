@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -28,6 +28,8 @@ from sfumato.learning.federated import (
 from sfumato.learning.local_training import MakeOptimizer
 from sfumato.learning.procedure import Procedure, batch_on, optimizer_state, restore_optimizer, take_step
 from sfumato.privacy.bounded import Bounded, Released
+
+_SHOWN = 5  # names of clients in a message
 
 
 @final
@@ -119,11 +121,16 @@ class LocalPrivateSteps(Procedure):
             restore_optimizer(self._optimizers[name], state["optimizers"][name])
 
 
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
 def _declared(federation: Federation) -> dict[str, int]:
     populations = federation.populations
     if populations is None or set(populations) != set(federation.clients):
         raise PlanError(
             "FedAvg that protects records divides each client's sums by its public size: pass populations, a mapping "
-            f"of each client ({', '.join(federation.clients)}) to its declared number of records."
+            f"of each client ({_some(list(federation.clients))}) to its declared number of records."
         )
     return {name: _checks.count(f'population of "{name}"', populations[name]) for name in federation.clients}

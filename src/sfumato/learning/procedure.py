@@ -21,6 +21,8 @@ from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.terms import Terms
 from sfumato.privacy.bounded import Bounded, Released, Tensors
 
+NO_PERSONAL_MODELS = "This training keeps no model for each client; use the model of the result."
+
 
 class Progress(NamedTuple):
     """How far a run has come: what the process that leads it tells those that work along.
@@ -75,7 +77,7 @@ class Procedure(ABC):
         Raises:
             KeyError: there is no such client.
         """
-        raise KeyError(client)
+        raise KeyError(NO_PERSONAL_MODELS)
 
     def void(self) -> None:  # noqa: B027 (only rounds of clients can be void)
         """Take note that the current step is void."""

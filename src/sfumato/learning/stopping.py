@@ -60,7 +60,8 @@ class Target(Stop):
 
     Args:
         score: Called with the model.
-        at: The score to reach.
+        at: The score to reach, on the score's own scale: 0.95, not 95, where the score is a share. A target that is never
+            reached stops nothing; `TrainingResult.stopped` is then empty.
         every: Rounds between two looks.
 
     Raises:
@@ -129,21 +130,27 @@ class Plateau(Stop):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class FirstOf(Stop):
     """Stops when the first of several rules does.
 
+    Args:
+        rules: In one tuple.
+
     Raises:
-        InputError: there is no rule.
+        InputError: there is no rule, or they are not in one tuple.
     """
 
     rules: tuple[Stop, ...]
 
-    def __post_init__(self) -> None:
-        rules = self.rules
-        if not isinstance(rules, tuple) or not rules or not all(isinstance(rule, Stop) for rule in rules):
-            raise InputError("FirstOf needs a tuple of rules, for example (Rounds(100), Target(score, 0.95)).")
-        object.__setattr__(self, "looks", any(rule.looks for rule in self.rules))
+    def __init__(self, rules: tuple[Stop, ...] = (), *more: object) -> None:
+        alone = not isinstance(rules, tuple) or not rules or not all(isinstance(rule, Stop) for rule in rules)
+        if more or alone:
+            raise InputError(
+                "FirstOf needs one tuple of rules, for example FirstOf((Rounds(100), Target(score, 0.95)))."
+            )
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "looks", any(rule.looks for rule in rules))
 
     @override
     def begin(self) -> Callable[[nn.Module, int], str | None]:

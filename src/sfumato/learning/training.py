@@ -21,7 +21,7 @@ from sfumato.learning.aggregation import Noise
 from sfumato.learning.checkpoint import Checkpoint
 from sfumato.learning.control import Control
 from sfumato.learning.plan import Plan
-from sfumato.learning.procedure import Procedure, Progress, zero_like
+from sfumato.learning.procedure import NO_PERSONAL_MODELS, Procedure, Progress, zero_like
 from sfumato.learning.selfcheck import check_bounded, check_noised, check_scale
 from sfumato.learning.stopping import Stop
 from sfumato.learning.terms import Terms
@@ -60,7 +60,7 @@ class Step:
 
 
 def _no_client(client: str) -> nn.Module:
-    raise KeyError(client)
+    raise KeyError(NO_PERSONAL_MODELS)
 
 
 @final
@@ -75,11 +75,13 @@ class TrainingResult:
         run: The run's name in the ledger; empty without privacy.
         lost: Steps that were paid for and lost, in a crash or a stop in the middle of a step.
         nonfinite: How often a unit's NaN or infinite part was left out. For the data's owner only: it is not covered by
-            the budget and must not be published.
+            the budget and must not be published. A private run in which every part was left out ends like any other,
+            having learned from noise alone; only this number tells.
         refused: How many answers of clients were left out because names or shapes were not those of the round. For the
             data's owner only.
         void: Rounds in which too few clients answered; they are spent and released nothing.
-        stopped: Why a stopping rule ended the run; empty if the plan did.
+        stopped: Why a stopping rule ended the run; empty if the plan did. A private run says how many steps were taken, and
+            that the whole plan stays charged; under a filter a ledger that composes by one gets back what is left.
         personal_model: Called with a client's name; returns the model as that client has it. What a client keeps of its own
             never left it and is under no promise; hand it to nobody else.
     """
@@ -187,7 +189,7 @@ class Training(Iterator[Step]):
         """Return the model and the statement of what has been charged for it."""
         return TrainingResult(
             self.model, self._statement(), tuple(self._steps), self._run, self._lost,
-            self._nonfinite + self._procedure.nonfinite, self._procedure.refused, self._void, self._stopped,
+            self._nonfinite + self._procedure.nonfinite, self._procedure.refused, self._void, self._why(),
             self.personal_model,
         )  # fmt: skip
 
@@ -200,6 +202,12 @@ class Training(Iterator[Step]):
             KeyError: there is no such client.
         """
         return self._procedure.personal_model(client)
+
+    def _why(self) -> str:
+        if not self._stopped or not self.plan.is_private:
+            return self._stopped
+        charged = "" if self._control.spent is not None else "; the whole plan stays charged"
+        return f"{self._stopped} ({self._position} of {self.plan.steps} steps were taken{charged})"
 
     def _next_terms(self) -> Terms | None:
         """Return what the next step is done with; None if there is none, or another process decides."""

@@ -199,7 +199,7 @@ def _spread(held: _Held) -> Figure:
     bottom.tick_params(axis="y", length=0)
     bottom.set_title("share of each class in a client's records")
     percent_axis(bottom, [*low, *high, *overall])
-    bottom.set_xlabel("dot: median client, thick: middle half, thin: 5th to 95th of 100 clients, stroke: all records")
+    bottom.set_xlabel("dot: median client, thick: middle half, thin: 5th to 95th percentile, stroke: all records")
     return figure
 
 
