@@ -101,6 +101,8 @@ def arms() -> list[Arm]:
     ]
     for delta in DELTAS:
         found += [
+            Arm("DP-FedAvg, fixed clip", sf.FedAvg(**epoch), delta, 1.0),
+            Arm("DP-FedAvg, adaptive clip", sf.FedAvg(**epoch), delta, 0.5, ADAPTIVE),
             Arm("DP-FedAvgM, fixed clip", sf.FedAvgM(**epoch), delta, 0.2),
             Arm("DP-FedAvgM, adaptive clip", sf.FedAvgM(**epoch, server_lr=0.3), delta, 0.5, ADAPTIVE),
             Arm("DP-FedAdam, fixed clip", sf.FedAdam(**epoch, server_lr=0.02), delta, 0.2),
