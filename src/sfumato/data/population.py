@@ -155,11 +155,11 @@ class Population(Mapping[str, Records], ABC):
         if isinstance(clients, Population):
             return clients
         check_mapping(clients)
-        alike, held = Alike(), []
+        alike = Alike()
         for name, records in clients.items():
-            held.append(check_client(name, records))
-            alike.check(name, held[-1])
-        return _Held(Listed(tuple(clients)), tuple(held))
+            check_client(name, records)
+            alike.check(name, records)
+        return _Held(Listed(tuple(clients)), tuple(clients.values()))
 
     @staticmethod
     def from_factory(
@@ -333,12 +333,11 @@ class Alike:
         self._first: tuple[str, tuple[torch.Size, torch.dtype, torch.dtype]] | None = None
 
     def check(self, name: str, records: Records) -> None:
-        """Refuse the client if it does not fit the first one.
+        """Refuse the client, whose form is checked, if it does not fit the first one.
 
         Raises:
-            InputError: it differs, or is not what `Records` says of itself.
+            InputError: it differs.
         """
-        check_form(name, records)
         x, y = records.features, records.targets
         layout = (x.shape[1:], x.dtype, y.dtype)
         if self._first is None:
@@ -351,8 +350,8 @@ class Alike:
             )
 
 
-def check_client(name: object, records: object) -> Records:
-    """Return the records of a client, or refuse what cannot be one.
+def check_client(name: object, records: object) -> None:
+    """Refuse what cannot be a client.
 
     Raises:
         InputError: the name cannot be one, there are no Records or no record, or they are not what `Records` says of itself.
@@ -363,7 +362,6 @@ def check_client(name: object, records: object) -> Records:
     check_form(str(name), records)
     if not len(records):
         raise InputError(f'Client "{name}" has no records; leave it out of the federation.')
-    return records
 
 
 def check_form(name: str, records: Records) -> None:
