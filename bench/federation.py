@@ -5,7 +5,8 @@ own, in the environment of its library, on two cores; only one engine computes a
 few timed ones; what is told is the median. An engine whose first round does not lower the loss on pooled records as the
 plain loop's does has not done the work, and is told as failed.
 
-`first_round_s` runs from the library's import to the end of the first round, so it holds what an engine sets up.
+`first_round_s` runs from the library's import to the end of the first round, so it holds what an engine sets up; what of it
+passed before the first round, reading the records for one, is `start_s`.
 `peak_mb` is taken in rounds of its own: the most memory that all of an engine's processes hold together, without what is
 mapped from files (libraries and the records), which they share.
 
@@ -13,8 +14,8 @@ Two parts for sfumato alone: `--population`, rounds of 1,000 clients from 10,000
 memory that is held over 1,000 rounds: looked at after each round, once Python's garbage is collected. Its growth is that of
 the median of the last 100 rounds over the median of rounds 51 to 150, beside the least-squares slope from round 51 on.
 
-Rows are written after every turn. A file keeps its rows of other tasks and engines; the file beside it, `-machine.json`,
-says for each row where and with what it was taken.
+Rows are written after every turn. A file keeps its rows of other tasks and engines, and the last good row of an engine that
+fails; the file beside it, `-machine.json`, says for each row where and with what it was taken.
 
 Usage: python bench/federation.py [--tasks logistic mlp] [--engines plain sfumato] [--turns 5] [--quick] [--out FILE]
        python bench/federation.py --population | --memory [--quick] [--out FILE]
@@ -84,7 +85,8 @@ class Engine(Worker):
             begun = self._answer()
             self.versions = begun["versions"]
             self.loss_at_start = self.loss()
-            self.first = begun["start_s"] + self.take(1)[0]
+            self.start = begun["start_s"]
+            self.first = self.start + self.take(1)[0]
             self.loss_after_one = self.loss()
         except StepError:
             self.close()
@@ -265,6 +267,7 @@ def _row(task: str, name: str, engine: Engine | None, error: str | None) -> Row:
             "round_s": round(statistics.median(engine.times), 5),
             "peak_mb": None if engine.peak is None else round(engine.peak, 1),
             "first_round_s": round(engine.first, 3),
+            "start_s": round(engine.start, 3),
             "rounds": len(engine.times),
             "fastest_s": round(min(engine.times), 5),
             "loss": [round(engine.loss_at_start, 5), round(engine.loss_after_one, 5)],
@@ -401,16 +404,23 @@ def write(asked: argparse.Namespace, rows: list[Row], engines: Mapping[Key, Engi
     for row in rows:
         engine = engines.get((row["task"], row["engine"]))
         known = {} if engine is None else {"turns": engine.turns, "libraries": engine.versions}
-        about.append({"task": row["task"], "engine": row["engine"], **where, **known})
+        failed = {"error": row["error"]} if "error" in row else {}  # takes no place of a measured row's machine either
+        about.append({"task": row["task"], "engine": row["engine"], **where, **known, **failed})
     for path, new in ((asked.out, rows), (machine_file(asked.out), about)):
         text = json.dumps(merged(kept_rows(path), new), indent=2) + "\n"
         replace_file(path, lambda file, text=text: file.write(text.encode()))
 
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:
-    """Return the new rows in the places of the old ones of the same task and engine, and the others after them."""
+    """Return the new rows in the places of the old ones of the same task and engine, and the others after them.
+
+    A row that tells of a failure takes no measured row's place.
+    """
     fresh = {(row["task"], row["engine"]): row for row in new}
-    there = [fresh.pop((row["task"], row["engine"]), row) for row in old]
+    there = []
+    for row in old:
+        now = fresh.pop((row["task"], row["engine"]), row)
+        there.append(row if "error" in now and "error" not in row else now)
     return [*there, *fresh.values()]
 
 

@@ -154,6 +154,17 @@ def test_rows_of_other_tasks_and_engines_stay_in_the_file_with_their_machine(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_an_engine_that_fails_leaves_its_last_good_row(federation: ModuleType, tmp_path: Path) -> None:
+    asked = asked_for(federation, tmp_path / "found.json")
+    good, bad = {"task": "mlp", "engine": "pfl", "round_s": 1.0}, {"task": "mlp", "engine": "pfl", "error": "no pfl"}
+    for row in (bad, good, bad):
+        federation.write(asked, [row], {("mlp", "pfl"): made_up(turns=3)})
+    assert json.loads(asked.out.read_text(encoding="utf-8")) == [good]
+    (about,) = json.loads((tmp_path / "found-machine.json").read_text(encoding="utf-8"))
+    assert about["turns"] == 3
+    assert "error" not in about
+
+
 @pytest.mark.parametrize("said", ["{}", "[1]", "[{}]", "not JSON", '[{"task": "mlp"}]'])
 @pytest.mark.parametrize("name", ["found.json", "found-machine.json"])
 def test_a_file_of_something_else_is_refused_before_anything_runs(
@@ -244,7 +255,8 @@ def test_the_plain_loop_goes_through_beside_an_engine_that_cannot(
         federation.parsed(["--quick", "--tasks", "logistic", "--engines", "plain", "pfl", "--out", str(out)])
     )
     plain, pfl = json.loads(out.read_text(encoding="utf-8"))
-    assert set(plain) >= {"task", "engine", "round_s", "peak_mb", "first_round_s"}
+    assert set(plain) >= {"task", "engine", "round_s", "peak_mb", "first_round_s", "start_s"}
+    assert 0 < plain["start_s"] < plain["first_round_s"]
     assert "error" not in plain
     assert plain["loss"][1] < plain["loss"][0]
     assert pfl == {"task": "logistic", "engine": "pfl", "error": "pfl could not be made"}

@@ -151,9 +151,16 @@ def plan(
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the population, in place of steps.")] = None,
     sampling: Annotated[
-        str, typer.Option(help="poisson, truncated-poisson, random-allocation, shuffled or full-batch.")
+        str, typer.Option(help="poisson, truncated-poisson, random-allocation, shuffled, full-batch or min-separation.")
     ] = "poisson",
     max_batch: Annotated[int | None, typer.Option(help="The largest batch of truncated-poisson.")] = None,
+    separation: Annotated[
+        int | None,
+        typer.Option(help="Of min-separation: the fewest steps from one time that a unit takes part to its next."),
+    ] = None,
+    participations: Annotated[
+        int | None, typer.Option(help="Of min-separation: how often a unit takes part at most.")
+    ] = None,
     unit: Protects = Unit.RECORD.value,
     relation: Neighbours = Relation.ADD_OR_REMOVE_ONE.value,
     as_json: AsJson = False,
@@ -174,6 +181,8 @@ def plan(
         epochs=epochs,
         sampling=sampling,
         max_batch=max_batch,
+        separation=separation,
+        participations=participations,
     )
     spent, seconds = found.spending, time.perf_counter() - start
     if as_json:

@@ -34,6 +34,20 @@ def test_epochs_stand_for_steps_and_sampling_matters(command):
     assert shuffled["noise_multiplier"] > by_steps["noise_multiplier"]
 
 
+def test_plan_knows_units_that_keep_apart(command):
+    apart = ["--steps", "32", "--sampling", "min-separation", "--unit", "client", "--json"]
+    noise = {
+        words: json.loads(command(*PLAN, *apart, *words).stdout)["noise_multiplier"]
+        for words in (("--separation", "2"), ("--separation", "8"), ("--separation", "2", "--participations", "4"))
+    }
+    sixteen, four, capped = noise.values()
+    assert sixteen == pytest.approx(2 * four, rel=1e-3)  # times at most: the noise grows with their root
+    assert capped == four
+    refused = command(*PLAN, *apart)
+    assert refused.exit_code == 2
+    assert "separation has to be given" in refused.stderr
+
+
 def test_plan_for_people_lists_the_steps(command):
     told = command(*PLAN, "--steps", "16").stdout
     assert "Noise multiplier" in told
