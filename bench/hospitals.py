@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import seeded
 import torch
 from policies import Interval
 from torch import nn
@@ -40,14 +39,12 @@ from sfumato.learning.federated import Algorithm
 from sfumato.learning.models import build
 from sfumato.report.describe import describe_machine
 
-HERE = Path(__file__).parent
 ROUNDS = 100
 MANY = 20  # local steps of the arms that take many
 PLAIN = partial(SGD, lr=0.3, weight_decay=0.1)
 BARE = partial(SGD, lr=0.3)  # Scaffold takes no weight decay
 INTERCEPT = ("1.bias",)
 ALONE, POOLED, DEFAULT = "alone", "pooled", "FedAvg"
-QUICK_SEEDS = 2
 BAR = 1.0  # points that the default may lie below pooled
 
 Models = Mapping[str, nn.Module]
@@ -146,21 +143,10 @@ def main() -> None:
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--quick", action="store_true", help="two seeds; shows that it runs")
-    parser.add_argument("--threads", type=int, default=1, help="the model is tiny: more threads wait for each other")
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args(words)
-    if asked.seeds is None:
-        asked.seeds = QUICK_SEEDS if asked.quick else 20
-    if asked.out is None and not asked.quick:
-        asked.out = HERE / "results" / "hospitals.json"
-    if asked.seeds < 2:
-        raise SystemExit("--seeds must be at least 2, for an interval.")
-    if asked.threads < 1:
-        raise SystemExit("--threads must be at least 1.")
-    return asked
+    parser = seeded.arguments(
+        __doc__, quick="two seeds; shows that it runs", threads="the model is tiny: more threads wait for each other"
+    )
+    return seeded.parsed(parser, words, name="hospitals", seeds=20)
 
 
 def report(asked: argparse.Namespace) -> None:
@@ -178,14 +164,12 @@ def report(asked: argparse.Namespace) -> None:
     told = [summary(arm, rows) for arm in arms()]
     seconds = time.perf_counter() - begun
     print("\n".join([*table(told), "", *verdicts(told), f"{seconds:.0f} s"]))
-    if asked.out is not None:
-        content = {
-            "machine": describe_machine(), "threads": asked.threads, "seconds": round(seconds, 1), "seeds": asked.seeds,
-            "train_share": TRAIN_SHARE, "delta": DELTA, "rounds": ROUNDS, "private_steps": STEPS, "clip": CLIP,
-            "arms": told, "verdicts": verdicts(told), "rows": rows,
-        }  # fmt: skip
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(content, indent=2) + "\n")
+    content = {
+        "machine": describe_machine(), "threads": asked.threads, "seconds": round(seconds, 1), "seeds": asked.seeds,
+        "train_share": TRAIN_SHARE, "delta": DELTA, "rounds": ROUNDS, "private_steps": STEPS, "clip": CLIP,
+        "arms": told, "verdicts": verdicts(told), "rows": rows,
+    }  # fmt: skip
+    seeded.write(asked, content)
 
 
 def run(arm: Arm, learning: sf.Records, held_out: sf.Records, seed: int) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import time
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import seeded
 import torch
 from scipy import stats
 from torch import nn
@@ -41,8 +41,7 @@ from sfumato.learning.policies import Decay, SignalToNoise, StopWhenFlat
 from sfumato.privacy.schedules import Cosine, Exponential, Linear
 from sfumato.report.describe import describe_machine
 
-HERE = Path(__file__).parent
-EXAMPLES = HERE.parent / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SEARCH_SEEDS = (1000, 1001)
 MOMENTUM = 0.9
 FIXED = "fixed"
@@ -64,7 +63,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "Decay(2) + AdaptiveClip(0.8)": {"noise": Decay(2.0), "clips": AdaptiveClip(0.8)},
     RISING_BATCH: {"rates": Linear(0.5, 1.5)},
 }
-QUICK_SEEDS = 2
 QUICK_SHARE = 5  # of the steps
 
 
@@ -165,21 +163,13 @@ def main() -> None:
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = seeded.arguments(
+        __doc__, quick="two seeds and a fifth of the steps; shows that it runs", threads="of a training"
+    )
     parser.add_argument("--data", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--quick", action="store_true", help="two seeds and a fifth of the steps; shows that it runs")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args(words)
-    if asked.seeds is None:
-        asked.seeds = QUICK_SEEDS if asked.quick else 10
-    if asked.out is None and not asked.quick:
-        asked.out = HERE / "results" / "policies.json"
-    if not 2 <= asked.seeds < min(SEARCH_SEEDS):
-        raise SystemExit(f"--seeds must be at least 2, for an interval, and below {min(SEARCH_SEEDS)}.")
-    if asked.threads < 1:
-        raise SystemExit("--threads must be at least 1.")
+    asked = seeded.parsed(parser, words, name="policies", seeds=10)
+    if asked.seeds >= min(SEARCH_SEEDS):
+        raise SystemExit(f"--seeds must be below {min(SEARCH_SEEDS)}, the first that settings are searched with.")
     return asked
 
 
@@ -193,10 +183,8 @@ def report(asked: argparse.Namespace) -> None:
         found.append(compared(task, steps, asked.seeds))
         print("\n".join(table(found[-1])), flush=True)
     print("\n".join(conclusion(found)))
-    if asked.out is not None:
-        content = {"machine": describe_machine(), "threads": asked.threads, "data": found}
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(content, indent=2) + "\n")
+    content = {"machine": describe_machine(), "threads": asked.threads, "data": found}
+    seeded.write(asked, content)
 
 
 def compared(task: Task, steps: int, seeds: int) -> dict[str, Any]:

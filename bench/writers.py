@@ -19,7 +19,6 @@ where FOLDER holds the folders mnist and qmnist_writers.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import federation_models
+import seeded
 import torch
 from policies import Interval
 from scipy import stats
@@ -43,7 +43,6 @@ import sfumato as sf
 from sfumato.learning.federated import Algorithm
 from sfumato.report.describe import describe_machine
 
-HERE = Path(__file__).parent
 WRITERS = 539  # published with the data, so public
 COHORT = 108  # expected
 ROUNDS = 50
@@ -122,22 +121,11 @@ def main() -> None:
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
     labels = [arm.label for arm in arms()]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int)
+    parser = seeded.arguments(
+        __doc__, quick="two seeds and two rounds; shows that it runs", threads="of each of the simulation's workers"
+    )
     parser.add_argument("--arms", nargs="+", choices=labels, default=labels)
-    parser.add_argument("--quick", action="store_true", help="two seeds and two rounds; shows that it runs")
-    parser.add_argument("--threads", type=int, default=1, help="of each of the simulation's workers")
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args(words)
-    if asked.seeds is None:
-        asked.seeds = 2 if asked.quick else 3
-    if asked.out is None and not asked.quick:
-        asked.out = HERE / "results" / "writers.json"
-    if asked.seeds < 2:
-        raise SystemExit("--seeds must be at least 2, for an interval.")
-    if asked.threads < 1:
-        raise SystemExit("--threads must be at least 1.")
-    return asked
+    return seeded.parsed(parser, words, name="writers", seeds=3)
 
 
 def read() -> tuple[sf.Population, sf.Records]:
@@ -175,15 +163,13 @@ def report(asked: argparse.Namespace) -> None:
     told = summaries(chosen, plans, rows)
     seconds = time.perf_counter() - begun
     print("\n".join([*table(told), "", *verdicts(told), f"{seconds:.0f} s"]))
-    if asked.out is not None:
-        content = {
-            "machine": describe_machine(), "threads": asked.threads, "seconds": round(seconds, 1),
-            "writers": WRITERS, "cohort": COHORT, "rounds": rounds, "parameters": PARAMETERS, "unit": "client",
-            "not_covered": "Model, learning rates and clip norms were chosen on seed 0 by the test part; no epsilon covers it.",
-            "arms": told, "verdicts": verdicts(told), "rows": rows,
-        }  # fmt: skip
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(content, indent=2) + "\n")
+    content = {
+        "machine": describe_machine(), "threads": asked.threads, "seconds": round(seconds, 1),
+        "writers": WRITERS, "cohort": COHORT, "rounds": rounds, "parameters": PARAMETERS, "unit": "client",
+        "not_covered": "Model, learning rates and clip norms were chosen on seed 0 by the test part; no epsilon covers it.",
+        "arms": told, "verdicts": verdicts(told), "rows": rows,
+    }  # fmt: skip
+    seeded.write(asked, content)
 
 
 def trained(arm: Arm, plan: sf.Plan, clients: sf.Population, test: sf.Records, seed: int) -> dict[str, Any]:

@@ -17,6 +17,14 @@ BENCH = Path(__file__).parent.parent / "bench" / "policies.py"
 
 
 def loaded() -> ModuleType:
+    sys.path.insert(0, str(BENCH.parent))  # as for a script: it imports what lies beside it
+    try:
+        return executed()
+    finally:
+        del sys.path[0]
+
+
+def executed() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_policies", BENCH)
     assert spec is not None
     assert spec.loader is not None
