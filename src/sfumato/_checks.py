@@ -44,14 +44,15 @@ def count(name: str, value: int, *, minimum: int = 1) -> int:
     raise InputError(f"{name} must be a whole number of at least {minimum}, not {value!r}.")
 
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean "x"?` for the closest known word, or the list of known words."""
+def did_you_mean(wrong: str, known: Iterable[str], *, every: bool = False) -> str:
+    """Return ` Did you mean "x"?` for the closest known word, or the list of known words: of `every` one, or of a few."""
     words = sorted(known)
     close = difflib.get_close_matches(wrong, words, n=1, cutoff=0.6)
     if close:
         return f' Did you mean "{close[0]}"?'
-    shown = ", ".join(f'"{word}"' for word in words[:_SHOWN])
-    return f" Known are: {shown}{' and others' if len(words) > _SHOWN else ''}."
+    most = len(words) if every else _SHOWN
+    shown = ", ".join(f'"{word}"' for word in words[:most])
+    return f" Known are: {shown}{' and others' if len(words) > most else ''}."
 
 
 def _is_number(value: object) -> bool:

@@ -291,7 +291,7 @@ def _sentence(model: type[BaseModel], error: ErrorDetails, source: str) -> str:
     field = str(context.get("discriminator", "")).strip("'")
     match error["type"]:
         case "extra_forbidden":
-            told = f" is unknown.{_checks.did_you_mean(str(error['loc'][-1]), keys)}"
+            told = f" is unknown.{_checks.did_you_mean(str(error['loc'][-1]), keys, every=True)}"
         case "missing":
             told = " is missing. Fix: add it."
         case "union_tag_not_found":
