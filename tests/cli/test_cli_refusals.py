@@ -74,7 +74,7 @@ AVERAGED = FEDERATED | {"algorithm": "fedavg"}
 COLUMNS = ("data", "columns")
 BAD = {
     "misspelt key": (put("privacy", "epsilom", value=1), 'Did you mean "epsilon"?'),
-    "key of no kind": (put("training", "zzz", value=1), '"quorum", "seed", "server_lr", "server_momentum", "tau", "tolerate", "weighting", "workers".'),
+    "key of no kind": (put("training", "zzz", value=1), '"server_momentum", "tau", "tolerate", "weighting", "workers".'),
     "misspelt section": (put("trainig", "mode", value="central"), 'Did you mean "training"?'),
     "misspelt column key": (put(*COLUMNS, "age", "hihg", value=1), 'Did you mean "high"?'),
     "missing key": (drop("privacy", "population"), "population"),
