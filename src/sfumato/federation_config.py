@@ -189,6 +189,8 @@ class FederatedTraining(Section):
             raise ValueError(
                 'algorithm = "fedper" needs the layers that stay with the client; add personal_layers = ["..."].'
             )
+        if self.algorithm == "scaffold" and self.weighting not in (None, "uniform"):
+            raise ValueError('"scaffold" needs every client to count the same; remove weighting.')
         if self.noise != "shared":
             refuse({"tolerate": self.tolerate}, 'noise = "shared"')
         if self.noise != "correlated":
@@ -212,6 +214,11 @@ class FederatedTraining(Section):
         Raises:
             ValueError: names the knob and the fix.
         """
+        if private and self.algorithm == "scaffold":
+            raise ValueError(
+                '[training] algorithm = "scaffold" keeps the noise of every round in its control variates, so that a private run '
+                'would drift without end; choose "fedavg" or "fedadam".'
+            )
         if private and self.weighting == "records":
             raise ValueError(
                 '[training] weighting = "records" does not bound how much a client counts; choose "uniform" or '

@@ -181,6 +181,13 @@ BAD = {
     "scaffold with adam": (
         trained("scaffold", optimizer="adam"), "study.toml: [training] Scaffold reads a client's mean gradient"
     ),
+    "scaffold by records": (
+        trained("scaffold", weighting="records"), '"scaffold" needs every client to count the same; remove weighting.'
+    ),
+    "scaffold with a promise": (
+        lambda study: (of_clients(study), study.config.update(training=training("scaffold"))),
+        '[training] algorithm = "scaffold" keeps the noise of every round in its control variates',
+    ),
     "misspelt weighting": (trained(weighting="uniforn"), 'Did you mean "uniform"?'),
     "misspelt weighting key": (trained(weighting={"mots": 3}), 'Did you mean "most"?'),
     "weighting most 0": (trained(weighting={"most": 0}), "most must be a whole number of at least 1"),

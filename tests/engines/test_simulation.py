@@ -28,6 +28,7 @@ from sfumato.learning.training import Training
 
 LOCAL = functools.partial(torch.optim.SGD, lr=0.1)
 FEDAVG = sf.FedAvg(LOCAL, local_epochs=1, batch_size=4)
+FEDSGD = sf.FedSGD(LOCAL)
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +100,14 @@ def expected(promise: str, algorithm: object) -> Tensor:
 
 
 @pytest.mark.usefixtures("_small_chunks")
-@pytest.mark.parametrize("promise", ["plain", "private"])
 @pytest.mark.parametrize(
-    "algorithm",
-    [FEDAVG, sf.FedSGD(LOCAL), sf.Scaffold(LOCAL, local_steps=2, batch_size=4)],
-    ids=["FedAvg", "FedSGD", "Scaffold"],
-)
+    ("algorithm", "promise"),
+    [
+        (FEDAVG, "plain"), (FEDAVG, "private"), (FEDSGD, "plain"), (FEDSGD, "private"),
+        (sf.Scaffold(LOCAL, local_steps=2, batch_size=4), "plain"),
+    ],
+    ids=["FedAvg", "FedAvg, private", "FedSGD", "FedSGD, private", "Scaffold"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ENGINES)
 def test_no_way_to_run_clients_changes_the_result(name: str, algorithm: object, promise: str) -> None:
     found = after(ENGINES[name], private() if promise == "private" else plain(), algorithm=algorithm)

@@ -370,7 +370,7 @@ def rounds_adaptive(folder: Path) -> Result:
 
 
 def rounds_scaffold(folder: Path) -> Result:
-    return federated(cohorts(8), sf.Scaffold(LOCAL, local_steps=2))
+    return federated(plain_cohorts(8), sf.Scaffold(LOCAL, local_steps=2))
 
 
 def rounds_correlated(folder: Path) -> Result:
@@ -434,11 +434,10 @@ def rounds_void(folder: Path) -> Result:
     def lost(step: int, name: str) -> bool:
         return step == 1 or (step == 3 and name not in ("site-2", "site-5"))
 
-    engine, algorithm = sf.Simulation(drop_out=lost), sf.Scaffold(LOCAL)
-    plan = toy_plan(8.0, 12, 12, 6, unit="client")
-    private = federated(plan, algorithm, engine=engine, quorum=7, ledger=opened_for_clients(folder, "void"))
+    engine, plan = sf.Simulation(drop_out=lost), toy_plan(8.0, 12, 12, 6, unit="client")
+    private = federated(plan, engine=engine, quorum=7, ledger=opened_for_clients(folder, "void"))
     every = sf.Plan.without_privacy(population=12, batch_size=12, steps=6, unit="client")
-    plain = federated(every, algorithm, engine=engine, quorum=7)
+    plain = federated(every, sf.Scaffold(LOCAL), engine=engine, quorum=7)
     return {**private, "plain": plain}
 
 
@@ -494,7 +493,7 @@ def rounds_failure(folder: Path) -> Result:
             raise ValueError("a record's secret")
         return LOSS(outputs, targets)
 
-    training = started(toy_plan(8.0, 12, 12, 6, unit="client"), sf.Scaffold(LOCAL), loss=loss)
+    training = started(toy_plan(8.0, 12, 12, 6, unit="client"), sf.FedAvgM(LOCAL), loss=loss)
     found: Result = {"indices": [next(training).index for _ in range(2)]}
     armed = True
     found["error"] = attempt(lambda: next(training))

@@ -68,6 +68,8 @@ HS, BS = problem()
 OPTIMUM = np.linalg.solve(
     sum(p * h for p, h in zip(SHARES, HS, strict=True)), sum(p * b for p, b in zip(SHARES, BS, strict=True))
 )
+ALIKE = np.full(len(SIZES), 1 / len(SIZES))
+UNIFORM_OPTIMUM = np.linalg.solve(sum(HS), sum(BS))
 START = np.array([0.5, -0.25])
 EYE = np.eye(WIDTH)
 
@@ -97,8 +99,8 @@ def training(
 ) -> Training:  # fmt: skip
     plan = plan or sf.Plan.without_privacy(population=27, batch_size=27, steps=rounds)
     return sf.rounds(
-        start or model(), given or clients(), plan, algorithm=algorithm, engine=ENGINE, loss=loss, source=sf.SeededSource(3),
-        **more,
+        start or model(), given or clients(), plan, algorithm=algorithm, loss=loss,
+        **{"engine": ENGINE, "source": sf.SeededSource(3), **more},
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -200,7 +202,30 @@ def test_scaffold_reaches_the_optimum_where_fedavg_has_a_known_bias() -> None:
     biased = biased_point(10, LR)
     assert np.linalg.norm(biased - OPTIMUM) > 0.1
     assert close(weights_after(sf.FedAvg(sgd(), local_steps=10), 50), biased, 1e-6)
-    assert close(weights_after(sf.Scaffold(sgd(), local_steps=10), 60), OPTIMUM, 1e-6)
+    found = weights_after(sf.Scaffold(sgd(), local_steps=10), 60)
+    assert close(found, UNIFORM_OPTIMUM, 1e-6)
+    assert not close(found, OPTIMUM, 1e-2)
+
+
+def test_scaffold_reaches_the_same_optimum_when_clients_are_absent() -> None:
+    engine = sf.Simulation(workers=1, way="alone", drop_out=0.4)
+    plan = sf.Plan.without_privacy(population=3, batch_size=2, steps=200, unit="client")
+    found = weights_after(sf.Scaffold(sgd(), local_steps=5), 200, plan=plan, engine=engine)
+    assert close(found, UNIFORM_OPTIMUM, 1e-6)
+
+
+@pytest.mark.parametrize("weighting", [sf.ByRecords(), sf.UpTo(9)])
+def test_scaffold_refuses_clients_that_count_differently(weighting: object) -> None:
+    with pytest.raises(PlanError, match=r"Scaffold needs every client to count the same.*Uniform\(\)"):
+        training(sf.Scaffold(sgd()), 1, weighting=weighting)
+    next(training(sf.Scaffold(sgd()), 1, weighting=sf.Uniform()))
+
+
+@pytest.mark.parametrize("unit", ["client", "record"])
+def test_scaffold_makes_no_promise_because_noise_would_stay_in_it(unit: str) -> None:
+    plan = sf.Plan(sf.Budget(50.0, 1e-3, unit=unit), sf.FullBatch(), 1.0, 2.0, 2, 3 if unit == "client" else 27)
+    with pytest.raises(PlanError, match="a private run would drift without end; use FedAvg or FedAdam"):
+        training(sf.Scaffold(sgd()), 2, plan=plan)
 
 
 def test_scaffold_follows_its_paper() -> None:
@@ -214,15 +239,15 @@ def test_scaffold_follows_its_paper() -> None:
                 y = y - LR * (h @ y - b - c + server)
             ends.append(y)
             news.append(c - server + (w - y) / (4 * LR))
-        server = server + mean_of([new - old for new, old in zip(news, own, strict=True)])
-        w, own = mean_of(ends), news
+        server = server + mean_of([new - old for new, old in zip(news, own, strict=True)], ALIKE)
+        w, own = mean_of(ends, ALIKE), news
     assert close(weights_after(sf.Scaffold(sgd(), local_steps=4), 3), w)
 
 
 def test_scaffolds_server_keeps_the_mean_of_the_clients_controls() -> None:
     given = {f"site-{row}": one for row, one in enumerate([*clients().values()] * 3)}
     plan = sf.Plan.without_privacy(population=9, batch_size=4, steps=12, unit="client")
-    run = training(sf.Scaffold(sgd(), local_steps=3), 12, given, plan=plan, weighting=sf.Uniform())
+    run = training(sf.Scaffold(sgd(), local_steps=3), 12, given, plan=plan)
     for _ in run:
         rounds = run._procedure
         assert isinstance(rounds, ClientRounds)
@@ -383,7 +408,7 @@ LOCAL = sgd()
 @pytest.mark.parametrize(
     "algorithm",
     [
-        sf.FedProx(LOCAL), sf.FedAvgM(LOCAL), sf.FedAdam(LOCAL), sf.FedYogi(LOCAL), sf.FedAdagrad(LOCAL), sf.Scaffold(LOCAL),
+        sf.FedProx(LOCAL), sf.FedAvgM(LOCAL), sf.FedAdam(LOCAL), sf.FedYogi(LOCAL), sf.FedAdagrad(LOCAL),
         sf.FedNova(LOCAL), sf.Ditto(LOCAL), sf.FedPer(LOCAL, ("weight",)),
     ],
 )  # fmt: skip

@@ -113,7 +113,7 @@ def rounds(
         noise: `ServerNoise()` (default), `SharedNoise(tolerate)`, `LocalNoise()` or `CorrelatedNoise(bands)`.
         populations: Declared number of records of each client; `FedAvg` with unit "record" needs it.
         weighting: How much a client counts: `ByRecords()` (default without privacy), `Uniform()` (default where clients
-            are protected) or `UpTo(most)`.
+            are protected, and always with `Scaffold`) or `UpTo(most)`.
         quorum: If fewer clients answer, a round is void: it is spent and releases nothing. At most the expected cohort.
         stop: Ends the run before the plan does, for example `Target(score, 0.95)`.
         available: For sampling "min-separation": called with each step (from 0); returns the numbers of the clients that have

@@ -73,6 +73,8 @@ class ClientRounds(Procedure):
         self.aggregation.check_clients(count)
         self.aggregation.check_plan(plan)
         self._weighting = federation.weighting
+        if self._weighting is BY_RECORDS and (plan.is_private or algorithm.counts_alike):  # nobody asked for it
+            self._weighting = Uniform()
         if plan.is_private:
             self._check_private()
         self.not_covered = (self.aggregation.trust, *who_is_protected(federation))
@@ -109,8 +111,6 @@ class ClientRounds(Procedure):
 
     def _check_private(self) -> None:
         plan = self._federation.plan
-        if self._weighting is BY_RECORDS:  # nobody asked for it
-            self._weighting = Uniform()
         if not self._weighting.is_bounded:
             raise PlanError(
                 f"{self._weighting} does not bound how much a client counts, so no noise would do; use Uniform() or UpTo(most)."

@@ -15,10 +15,13 @@ from typing_extensions import override
 from sfumato import _checks
 from sfumato.errors import InputError, PlanError
 from sfumato.gradients.support import trainable
+from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.fedavg import AS_IT_IS, Served, moved
 from sfumato.learning.federated import Federation, Server, Work
 from sfumato.learning.groups import Group
 from sfumato.learning.local_training import MakeOptimizer
+from sfumato.learning.procedure import Procedure
+from sfumato.learning.weighting import BY_RECORDS, Uniform
 from sfumato.privacy.bounded import Tensors
 
 _CONTROL = ".control "  # in front of a parameter's name; no parameter's own name has a blank
@@ -30,9 +33,14 @@ _NORMALISER = ".normaliser"
 class Scaffold(Served):
     """Clients correct their steps by how their own gradients differ from everybody's (Karimireddy et al. 2020, option II).
 
-    Each client keeps a control variate, the server keeps their mean. A client hands in its update and the change of its
-    control variate; where clients are protected both are clipped together, as one vector, and noised together.
-    Clients must come back to profit, so this is for few of them, each in many rounds.
+    Each client keeps a control variate c_i, the server keeps their mean c. A client hands in its update and the change of its
+    control variate. Clients must come back to profit, so this is for few of them, each in many rounds.
+
+    Every client counts the same, as in the paper: c is the uniform mean of the c_i whoever takes part, and with weights by
+    records it would be that of no clients' c_i as soon as one is absent, so that the rounds would settle at a wrong point.
+
+    It makes no promise: the noise of every round would stay in c and push all later steps, so that the model would do a
+    random walk that no further round takes back.
 
     Args:
         local: Makes a client's optimiser: plain SGD, without momentum or weight decay.
@@ -43,6 +51,7 @@ class Scaffold(Served):
 
     Raises:
         InputError: the optimiser is another, or a number is out of range.
+        PlanError: (when the rounds are made) anything is promised, or clients are to count differently.
     """
 
     local: MakeOptimizer
@@ -51,11 +60,36 @@ class Scaffold(Served):
     server: MakeOptimizer = AS_IT_IS
     local_epochs: int | None = None
 
+    counts_alike = True
+
     def __post_init__(self) -> None:
         if not self.training.plain_rate:
             raise InputError(
                 "Scaffold reads a client's mean gradient off its update, which needs plain SGD; use "
                 "functools.partial(torch.optim.SGD, lr=...) without momentum or weight decay."
+            )
+
+    @override
+    def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
+        """Return rounds of clients.
+
+        Raises:
+            PlanError: anything is promised.
+        """
+        if federation.plan.is_private:
+            raise PlanError(
+                "Scaffold keeps the noise of every round in its control variates, so that a private run would drift without end; "
+                "use FedAvg or FedAdam."
+            )
+        return super().procedure(federation, noise)
+
+    @override
+    def check(self, federation: Federation) -> None:
+        super().check(federation)
+        if federation.weighting is not BY_RECORDS and not isinstance(federation.weighting, Uniform):
+            raise PlanError(
+                f"Scaffold needs every client to count the same, and {federation.weighting} does not; leave weighting out, or "
+                "use Uniform()."
             )
 
     @override

@@ -232,7 +232,12 @@ class ClientAlgorithm(Algorithm):
     """An algorithm whose clients each hand in one vector: pure functions of what was sent, kept and held.
 
     `client` runs at the clients, for a group of them at once; `update` at the server.
+
+    Attributes:
+        counts_alike: Whether every client counts the same where nobody asked for a weighting, also without privacy.
     """
+
+    counts_alike: bool = False
 
     @property
     def is_stackable(self) -> bool:
