@@ -216,8 +216,8 @@ class FederatedTraining(Section):
         """
         if private and self.algorithm == "scaffold":
             raise ValueError(
-                '[training] algorithm = "scaffold" keeps the noise of every round in its control variates, so that a private run '
-                'would drift without end; choose "fedavg" or "fedadam".'
+                '[training] algorithm = "scaffold" keeps the noise of every round in its control variates, so that a private '
+                'run would drift without end; choose "fedavg" or "fedadam".'
             )
         if private and self.weighting == "records":
             raise ValueError(

@@ -78,8 +78,8 @@ class Scaffold(Served):
         """
         if federation.plan.is_private:
             raise PlanError(
-                "Scaffold keeps the noise of every round in its control variates, so that a private run would drift without end; "
-                "use FedAvg or FedAdam."
+                "Scaffold keeps the noise of every round in its control variates, so that a private run would drift without "
+                "end; use FedAvg or FedAdam."
             )
         return super().procedure(federation, noise)
 
