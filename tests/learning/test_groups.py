@@ -18,7 +18,8 @@ import sfumato as sf
 from sfumato.learning import fused_linear, groups
 from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.federated import Federation
-from sfumato.learning.groups import ALONE, CHANNELS_LAST, STACKED, Group, Hints, running_statistics
+from sfumato.learning.group_data import ALONE, CHANNELS_LAST, STACKED, Data
+from sfumato.learning.groups import Group, Hints, running_statistics
 from sfumato.learning.local_training import LocalTraining, batches_of
 
 
@@ -437,8 +438,8 @@ def test_gradients_are_those_of_a_plain_loop(name: str, way: str, loss: Loss) ->
 
 
 def _no_padding_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = groups._Data.batch
-    monkeypatch.setattr(groups._Data, "batch", lambda data, step, clients: (*honest(data, step, clients)[:2], None))
+    honest = Data.batch
+    monkeypatch.setattr(Data, "batch", lambda data, step, clients: (*honest(data, step, clients)[:2], None))
 
 
 def _mean_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:

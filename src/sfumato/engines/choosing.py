@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from sfumato.learning.groups import ALONE, STACKED
+from sfumato.learning.group_data import ALONE, STACKED
 
 _CACHES = (2**21, 2**22, 2**24)  # numbers that a chunk's models may have together, from small to large caches
 _MOST_STACKED = 256

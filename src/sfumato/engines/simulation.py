@@ -22,7 +22,7 @@ from sfumato.engines.choosing import Choice, Chooser
 from sfumato.engines.dropping import DropOut
 from sfumato.errors import InputError, SfumatoError
 from sfumato.learning.federated import Answer, Task
-from sfumato.learning.groups import ALONE, STACKED
+from sfumato.learning.group_data import ALONE, STACKED
 
 Result = TypeVar("Result")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
@@ -21,6 +20,7 @@ from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.clipping import MAX_UNITS, clip_vectors, weighted_sum
 from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
+from sfumato.learning.agreement import agrees
 from sfumato.learning.federated import (
     Answer,
     ClientAlgorithm,
@@ -31,22 +31,11 @@ from sfumato.learning.federated import (
     who_is_protected,
 )
 from sfumato.learning.first_layer import misfit
-from sfumato.learning.groups import (
-    ALONE,
-    CHANNELS_LAST,
-    STACKED,
-    Draws,
-    Group,
-    Hints,
-    draws_numbers,
-    running_statistics,
-)
+from sfumato.learning.group_data import ALONE, CHANNELS_LAST, STACKED
+from sfumato.learning.groups import Draws, Group, Hints, draws_numbers, running_statistics
 from sfumato.learning.procedure import Procedure, check_optimizer, optimizer_state, restore_optimizer
 from sfumato.learning.weighting import BY_RECORDS, Uniform
 from sfumato.privacy.bounded import Bounded, Released, Tensors
-
-_FEW = 8  # records of a client that is made to compare ways
-_AGREEMENT = 1e-6  # of an update's size: far above float64's rounding, far below what a fault would do
 
 
 @final
@@ -265,35 +254,14 @@ class ClientRounds(Procedure):
         return Answer({}, 0.0, len(clients), nonfinite, 0, kept_by, parts)
 
     def _agrees(self, clients: Sequence[int], records: Sequence[Records], way: str) -> bool:
-        if way != STACKED:
-            return self._is_same(clients, records, way)
-        first, largest = clients[0], max(records, key=len)
-        # Later groups may be padded or not, whatever these clients are.
-        most = min(len(largest), _FEW)
-        alike, unlike = [most] * 2, [max(3, most), max(2, most - 1), 1]
-        try:
-            self._hints.padding = self._is_same(range(first, first + 3), _of_sizes(largest, unlike), way)
-        except Exception:
-            self._hints.padding = False
-        sound = self._hints.padding or self._is_same(range(first, first + 2), _of_sizes(largest, alike), way)
-        return sound and self._is_same(clients, records, way)
+        def compute(group: Group) -> Tensors:
+            shared = {name: value.double() for name, value in self._server.shared.items()}
+            kept = {name: value.double() for name, value in self._kept_by(group.clients).items()}
+            return self._algorithm.client(group, shared, kept).vectors
 
-    def _is_same(self, clients: Sequence[int], records: Sequence[Records], way: str) -> bool:
-        """Whether a way gives for these clients what one by one gives, in float64; who is not finite there is passed over."""
-        model = copy.deepcopy(self._federation.model).double()
-        loss = self._federation.loss
-        loss = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
-        wide = [_double(one) for one in records]
-        shared = {name: value.double() for name, value in self._server.shared.items()}
-        kept = {name: value.double() for name, value in self._kept_by(clients).items()}
-        found = []
-        for each in (ALONE, way):
-            group = Group(model, loss, clients, wide, self._key, each, Hints(padding=self._hints.padding))
-            vectors = self._algorithm.client(group, shared, kept).vectors
-            found.append(torch.cat([value.unsqueeze(-1).flatten(1) for value in vectors.values()], 1))
-        sound = torch.isfinite(found[0]).all(1)
-        apart = float((found[1] - found[0])[sound].square().sum())
-        return bool(sound.any()) and apart <= _AGREEMENT**2 * float(found[0][sound].square().sum())
+        federation = self._federation
+        group = Group(federation.model, federation.loss, clients, records, self._key, way, self._hints)
+        return agrees(group, compute)
 
     def _kept_by(self, clients: Sequence[int]) -> dict[str, Tensor]:
         of = [self._kept.get(number, self._first) for number in clients]
@@ -448,16 +416,3 @@ def _kept_of(clients: Sequence[int], kept: Mapping[str, Tensor], broken: Tensor)
         for row, number in enumerate(clients)
         if not bool(broken[row]) and all(bool(torch.isfinite(value[row]).all()) for value in kept.values())
     }
-
-
-def _of_sizes(records: Records, sizes: Sequence[int]) -> list[Records]:
-    """Return records of these numbers, repeated where there are not as many."""
-    rows = [torch.arange(size) % len(records) for size in sizes]
-    return [Records(records.features[index], records.targets[index]) for index in rows]
-
-
-def _double(records: Records) -> Records:
-    features, targets = (
-        value.double() if value.is_floating_point() else value for value in (records.features, records.targets)
-    )
-    return dataclasses.replace(records, features=features, targets=targets)

@@ -28,10 +28,9 @@ from sfumato.gradients import spare
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.support import trainable
 from sfumato.learning.fused_linear import Fusing, Sink
+from sfumato.learning.group_data import ALONE, CHANNELS_LAST, STACKED, Batch, Data, channels_last
 from sfumato.learning.local_training import Batches, LocalTraining, batches_of, mixed
 from sfumato.learning.procedure import mean_loss
-
-STACKED, ALONE, CHANNELS_LAST = "stacked", "alone", "alone, channels last"
 
 
 class Trained(NamedTuple):
@@ -44,9 +43,6 @@ class Trained(NamedTuple):
 
     weights: dict[str, Tensor]
     steps: Tensor
-
-
-_Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 @final
@@ -196,7 +192,7 @@ class Group:
     ) -> dict[str, Tensor]:
         weights, buffers = self._copied(_at(begin, row))
         if self.way == CHANNELS_LAST:
-            weights = {name: _channels_last(value) for name, value in weights.items()}
+            weights = {name: channels_last(value) for name, value in weights.items()}
         own = Batches(batches.index[row : row + 1], batches.count[row : row + 1])
         with self._random([row]):
             descent = _Descent(training, weights, self._forward(weights), self.hints)
@@ -217,9 +213,9 @@ class Group:
         parameters, statistics = trainable(self.model), running_statistics(self.model)
         return {name: _fresh(begin[name]) for name in parameters}, {name: _fresh(begin[name]) for name in statistics}
 
-    def _data(self, rows: Sequence[int], batches: Batches) -> _Data:
+    def _data(self, rows: Sequence[int], batches: Batches) -> Data:
         device = next(self.model.parameters()).device
-        return _Data([self.records[row] for row in rows], batches, device, self.way)
+        return Data([self.records[row] for row in rows], batches, device, self.way)
 
     @contextlib.contextmanager
     def _random(self, rows: Sequence[int]) -> Iterator[None]:
@@ -242,73 +238,6 @@ class Group:
             before = stream_of(self.model)
             yield
             draws.found = draws.found or stream_of(self.model) != before
-
-
-@final
-class _Data:
-    """The records of some clients, cut into batches.
-
-    Stacked, they are copied side by side once: in the order of their batches if no record is used twice, so that a batch is a
-    slice, and in their own order otherwise.
-    """
-
-    def __init__(self, records: Sequence[Records], batches: Batches, device: torch.device, way: str) -> None:
-        self._batches, self._channels_last = batches, way == CHANNELS_LAST
-        self._many, self._sorted = way == STACKED, False
-        first = records[0]
-        if not self._many:
-            self._features, self._targets = first.features.to(device), first.targets.to(device)
-            return
-        self._most = max(len(one) for one in records)
-        self._sorted = batches.index[0].numel() <= self._most + batches.index.shape[2]
-        length = batches.index[0].numel() if self._sorted else self._most
-        here = [len(records), length]
-        self._features = spare.take([*here, *first.features.shape[1:]], first.features.dtype, device)
-        self._targets = spare.take([*here, *first.targets.shape[1:]], first.targets.dtype, device)
-        if self._sorted:
-            self._in_order(records, batches.index.flatten(1))
-            return
-        for row, one in enumerate(records):
-            self._features[row, : len(one)] = one.features
-            self._targets[row, : len(one)] = one.targets
-
-    def _in_order(self, records: Sequence[Records], index: Tensor) -> None:
-        """Copy the clients' records at `index`, (clients, places)."""
-        for one, rows, out in zip(records, index.unbind(), self._features.unbind(), strict=True):
-            if one.features.device == out.device:
-                torch.index_select(one.features, 0, rows.to(out.device), out=out)
-            else:
-                out.copy_(one.features.index_select(0, rows.to(one.features.device)))
-        ends = torch.tensor([one.targets.shape[0] for one in records]).cumsum(0)
-        places = index + torch.cat([ends.new_zeros(1), ends[:-1]]).unsqueeze(1)
-        every = torch.cat([one.targets for one in records])
-        self._targets.copy_(every.index_select(0, places.flatten().to(every.device)).view(self._targets.shape))
-
-    def done(self) -> None:
-        """Hand the memory in for the next clients."""
-        if self._many:
-            spare.give(self._features)
-            spare.give(self._targets)
-
-    def batch(self, step: int, clients: int) -> _Batch:
-        """Return features, targets and, unless all batches are full, the counts of the first `clients` clients' step."""
-        batches = self._batches
-        count = batches.count[:clients, step]
-        size = int(count.max())
-        if self._sorted:
-            place = slice(step * batches.index.shape[2], step * batches.index.shape[2] + size)
-            features, targets = self._features[:clients, place], self._targets[:clients, place]
-        else:
-            index = batches.index[:clients, step, :size]
-            if self._many:
-                index = index + torch.arange(clients).unsqueeze(1) * self._most
-            rows = index.flatten().to(self._features.device)
-            if not self._many:
-                features, targets = self._features.index_select(0, rows), self._targets.index_select(0, rows)
-                return _channels_last(features) if self._channels_last else features, targets, None
-            features = self._features.flatten(0, 1).index_select(0, rows).unflatten(0, (clients, size))
-            targets = self._targets.flatten(0, 1).index_select(0, rows).unflatten(0, (clients, size))
-        return features, targets, None if bool((count == size).all()) else count.to(features.device)
 
 
 class _Pull(NamedTuple):
@@ -410,7 +339,7 @@ class _Descent:
         anchor = torch.zeros((), device=next(iter(weights.values())).device, requires_grad=True)
         self._sink = Sink(self._rate or 0.0, anchor)
 
-    def run(self, buffers: Mapping[str, Tensor], data: _Data, batches: Batches, pull: _Pull) -> None:
+    def run(self, buffers: Mapping[str, Tensor], data: Data, batches: Batches, pull: _Pull) -> None:
         weights = self._weights
         for step, active in enumerate((batches.count > 0).sum(0).tolist()):
             if not active:
@@ -424,7 +353,7 @@ class _Descent:
             else:
                 self._plain(weights, buffers, batch, pull)
 
-    def _plain(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: _Batch, pull: _Pull) -> None:
+    def _plain(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch, pull: _Pull) -> None:
         fused = self._hints.fused or frozenset()
         kept = {name: value.clone() for name, value in buffers.items()} if fused else {}
         try:
@@ -454,7 +383,7 @@ class _Descent:
         self,
         weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
-        batch: _Batch,
+        batch: Batch,
         fused: frozenset[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         # Detached views share the weights' memory; those that are fused move in the backward pass and need no gradient.
@@ -474,7 +403,7 @@ class _Descent:
         return total, leaves
 
     def _optimized(
-        self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: _Batch, pull: _Pull
+        self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Batch, pull: _Pull
     ) -> None:
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
         total = self._forward(leaves, buffers, *batch)
@@ -536,7 +465,3 @@ def _picked(values: Mapping[str, Tensor], rows: Any) -> dict[str, Tensor]:
 
 def _at(values: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
     return {name: value[row] for name, value in values.items()}
-
-
-def _channels_last(value: Tensor) -> Tensor:
-    return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
