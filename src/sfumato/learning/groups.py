@@ -24,6 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from sfumato.data.records import Records
+from sfumato.errors import UnsupportedModelError
 from sfumato.gradients import spare
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.support import trainable
@@ -165,7 +166,7 @@ class Group:
         with self._random(rows):
             forward = self._forward({name: weight.detach() for name, weight in weights.items()})
             total = forward(weights, buffers, *self._data(rows, everything).batch(0, len(rows)))
-        found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+        found = forward.gradients(total, list(weights.values()), check=True)
         return {
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), found, strict=True)
@@ -206,7 +207,8 @@ class Group:
         # client's copy holds its own weights in between too, where activation checkpointing computes once more.
         own = trainable(self.model)
         same = {id(value): value if self.way == STACKED else nn.Parameter(weights[name]) for name, value in own.items()}
-        return _Forward(copy.deepcopy(self.model, same), loss, many=self.way == STACKED)
+        idle = {value: name for name, value in own.items()} | {same[id(value)]: name for name, value in own.items()}
+        return _Forward(copy.deepcopy(self.model, same), loss, idle, many=self.way == STACKED)
 
     def _copied(self, begin: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return fresh trained parameters and running statistics."""
@@ -267,10 +269,17 @@ _Watch = Callable[[Mapping[str, Tensor]], Fusing]
 
 @final
 class _Forward:
-    """The sum over clients of their mean losses, as a function of their weights."""
+    """The sum over clients of their mean losses, as a function of their weights.
 
-    def __init__(self, scratch: nn.Module, loss: Loss, *, many: bool) -> None:
-        self._scratch, self._loss, self._many = scratch, loss, many
+    Args:
+        scratch: Computes; the weights are put in at each call.
+        loss: As for `sfumato.train`.
+        idle: The name of each parameter that the weights stand for, in the scratch model and in the server's.
+        many: Whether the clients are stacked.
+    """
+
+    def __init__(self, scratch: nn.Module, loss: Loss, idle: Mapping[Tensor, str], *, many: bool) -> None:
+        self._scratch, self._loss, self._idle, self._many = scratch, loss, idle, many
 
     def __call__(
         self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], features: Tensor, targets: Tensor,
@@ -303,6 +312,24 @@ class _Forward:
             held = tree_map(lambda value, rows=rows, size=size: value[rows, :size], outputs)
             parts.append(vmap(self._mean)(held, targets[rows, :size]).sum())
         return torch.stack(parts).sum()
+
+    def gradients(self, total: Tensor, asked: Sequence[Tensor], *, check: bool) -> Sequence[Tensor | None]:
+        """Return the gradient of each tensor, and check that nothing else was to be trained.
+
+        Raises:
+            UnsupportedModelError: the model or the loss also uses a parameter that the weights were to stand for.
+        """
+        idle = list(self._idle) if check else []
+        found = torch.autograd.grad(total, [*asked, *idle], allow_unused=True)
+        for parameter, gradient in zip(idle, found[len(asked) :], strict=True):
+            if gradient is not None:
+                name = self._idle[parameter]
+                raise UnsupportedModelError(
+                    f'{type(self._scratch).__name__} or the loss also reaches the parameter "{name}" by another '
+                    "reference (a list, a dict or a variable that holds it), where no client could train it; take it from its "
+                    "module in forward."
+                )
+        return found[: len(asked)]
 
     def _mean(self, outputs: Any, targets: Tensor) -> Tensor:
         return mean_loss(self._loss(outputs, targets))
@@ -338,6 +365,7 @@ class _Descent:
             self._optimizer = training.optimizer(list(self._parameters.values()))
         anchor = torch.zeros((), device=next(iter(weights.values())).device, requires_grad=True)
         self._sink = Sink(self._rate or 0.0, anchor)
+        self._begun = False
 
     def run(self, buffers: Mapping[str, Tensor], data: Data, batches: Batches, pull: _Pull) -> None:
         weights = self._weights
@@ -368,7 +396,7 @@ class _Descent:
             total, leaves = self._watched(weights, buffers, batch, fused)
         asked = [*leaves.values(), self._sink.anchor] if fused else list(leaves.values())
         self._sink.is_open = True
-        gradients = torch.autograd.grad(total, asked, allow_unused=True)
+        gradients = self._gradients(total, asked)
         self._sink.is_open = False
         found = dict(zip(leaves, gradients, strict=False))
         for name, weight in weights.items():
@@ -378,6 +406,10 @@ class _Descent:
                     continue
                 gradient = torch.zeros_like(weight)
             weight.sub_(pull.on(name, gradient, weight), alpha=self._sink.rate)
+
+    def _gradients(self, total: Tensor, asked: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        check, self._begun = not self._begun, True
+        return self._forward.gradients(total, asked, check=check)
 
     def _watched(
         self,
@@ -407,7 +439,7 @@ class _Descent:
     ) -> None:
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
         total = self._forward(leaves, buffers, *batch)
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        gradients = self._gradients(total, list(leaves.values()))
         resting: dict[str, Tensor] = {}
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             parameter = self._parameters[name]
