@@ -55,6 +55,7 @@ class ClientRounds(Procedure):
         check_optimizer(model, optimizer)
         self._server = Server(model, optimizer, algorithm.shared(model))
         self._shapes = algorithm.shapes(model)
+        self._resting = running_statistics(model).keys() - self._shapes.keys()
         self._first = algorithm.kept(model)
         self._kept: dict[int, Tensors] = {}
         count = len(federation.clients)
@@ -215,8 +216,9 @@ class ClientRounds(Procedure):
     ) -> tuple[Answer, dict[str, Tensor]]:
         group = Group(self._federation.model, self._federation.loss, clients, records, self._key, way, self._hints)
         work = self._algorithm.client(group, self._server.shared, self._kept_by(clients))
-        vectors = {name: work.vectors[name] for name in self._shapes if name in work.vectors}
-        wrong = len(vectors) != len(work.vectors) or any(
+        handed = {name: value for name, value in work.vectors.items() if name not in self._resting}
+        vectors = {name: handed[name] for name in self._shapes if name in handed}
+        wrong = len(vectors) != len(handed) or any(
             name not in vectors or vectors[name].shape != (len(clients), *value.shape)
             for name, value in self._shapes.items()
         )
@@ -279,7 +281,8 @@ class ClientRounds(Procedure):
             records = [self._federation.clients.at(number)]
             group = Group(self._federation.model, self._federation.loss, [number], records, self._key, ALONE, Hints())
             stacked = {name: value.unsqueeze(0) for name, value in kept.items()}
-            vectors = self._algorithm.client(group, self._server.shared, stacked).vectors
+            handed = self._algorithm.client(group, self._server.shared, stacked).vectors
+        vectors = {name: handed[name] for name in self._shapes}
         return clip_vectors(vectors, self.terms.bounded, self._weighting.of(group.sizes))[0]
 
     @override

@@ -131,7 +131,8 @@ class Scaffold(Served):
 class FedNova(Served):
     """Updates are divided by how far each client's steps could have gone before they are averaged (Wang et al. 2020).
 
-    Clients that take more steps no longer pull the average to themselves. With SGD of momentum rho and tau steps the normaliser
+    Clients that take more steps no longer pull the average to themselves. Running statistics, which no step size scales, are
+    averaged as they are. With SGD of momentum rho and tau steps the normaliser
     is (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho).
 
     Args:
@@ -193,10 +194,10 @@ class FedNova(Served):
         ends, steps = group.train(self.training, {})
         rho, tau = self._momentum, steps.to(torch.float64)
         normaliser = (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
-        vectors = {
-            name: value.div_(normaliser.to(value).view(-1, *[1] * (value.dim() - 1)))
-            for name, value in moved(group, ends).items()
-        }
+        vectors = moved(group, ends)
+        for name in trainable(group.model):
+            value = vectors[name]
+            value.div_(normaliser.to(value).view(-1, *[1] * (value.dim() - 1)))
         if self.effective_steps is None:
             vectors[_NORMALISER] = normaliser
         return Work(vectors)
@@ -204,4 +205,7 @@ class FedNova(Served):
     @override
     def update(self, server: Server, mean: Tensors, share: float) -> None:
         steps = self.effective_steps or float(mean[_NORMALISER])
-        server.descend({name: value * steps for name, value in mean.items() if name != _NORMALISER})
+        stepped = trainable(server.model)
+        server.descend(
+            {name: value * steps if name in stepped else value for name, value in mean.items() if name != _NORMALISER}
+        )

@@ -30,7 +30,7 @@ from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.gradients.support import check_model, trainable
 from sfumato.learning.aggregation import Aggregation
-from sfumato.learning.groups import Draws, Group, running_statistics
+from sfumato.learning.groups import Draws, Group, moving_statistics, running_statistics
 from sfumato.learning.local_training import MakeOptimizer
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import Procedure, check_optimizer
@@ -253,8 +253,11 @@ class ClientAlgorithm(Algorithm):
         return {}
 
     def shapes(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return tensors with the names and shapes of what a client hands in."""
-        return {**trainable(model), **running_statistics(model)}
+        """Return tensors with the names and shapes of what a client hands in; asked once, when the rounds are made.
+
+        The running statistics of modules in eval mode are not among them: nobody moves them, so they are to carry no noise.
+        """
+        return {**trainable(model), **moving_statistics(model)}
 
     @abstractmethod
     def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:

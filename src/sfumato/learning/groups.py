@@ -468,6 +468,12 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of the modules that are in training mode; the others stay as they are."""
+    resting = {path for path, module in model.named_modules() if not module.training}
+    return {name: value for name, value in running_statistics(model).items() if name.rpartition(".")[0] not in resting}
+
+
 def draws_numbers(model: nn.Module) -> bool:
     """Whether a layer of the model draws random numbers in training; what a forward draws itself, only running it tells."""
     return any(module.training and (_drops(module) or isinstance(module, nn.RReLU)) for module in model.modules())

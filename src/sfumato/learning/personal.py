@@ -25,7 +25,8 @@ from sfumato.privacy.bounded import Tensors
 class Ditto(Served):
     """FedAvg, and beside it each client trains a model of its own that is pulled to the server's (Li et al. 2021).
 
-    A client's own model never leaves it, so it is in no release and under no promise towards the client itself.
+    A client's own model never leaves it, so it is in no release and under no promise towards the client itself. It has running
+    statistics of its own.
 
     Args:
         local: As for `FedAvg`; it makes the optimiser of both models.
@@ -56,7 +57,8 @@ class Ditto(Served):
 
     @override
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in trainable(model).items()}
+        every = {**trainable(model), **running_statistics(model)}
+        return {name: value.detach().clone() for name, value in every.items()}
 
     @override
     def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
