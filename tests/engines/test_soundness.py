@@ -78,6 +78,50 @@ def test_a_first_round_of_one_client_proves_nothing() -> None:
     assert torch.allclose(*found, rtol=0, atol=1e-6)
 
 
+class _Mixed(nn.Module):
+    """Takes the mean of the batch off each record, or of each word's vector."""
+
+    def __init__(self, words: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Embedding(9, 6) if words else nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        hidden = torch.tanh(hidden.mean(1) if hidden.dim() == 3 else hidden)
+        return self.head(hidden - 0.5 * hidden.mean(0, keepdim=True))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("alike", [1, 5])
+def test_clients_of_equal_records_prove_nothing(alike: int, words: bool) -> None:
+    """In the first round only clients that hold one record, or one record again and again, take part."""
+    generator = torch.Generator().manual_seed(1)
+
+    def held(row: int) -> sf.Records:
+        size = 1 + 7 * row % 11
+        features = torch.randint(0, 9, (size, 4), generator=generator)
+        features = features if words else features + torch.randn(size, 4, generator=generator)
+        if row < 5:
+            features, size = features[:1].expand(alike, 4), alike
+        return sf.Records(features, torch.randint(0, 3, (size,), generator=generator))
+
+    given, found = sf.Population.of({f"site-{row}": held(row) for row in range(14)}), []
+    plan = sf.Plan.without_privacy(population=14, batch_size=14, steps=3, unit="client")
+    for way in ({"way": "stacked"}, {"debug": True}):
+        engine = sf.Simulation(
+            workers=1, drop_out=lambda step, name: (int(name.removeprefix("site-")) < 5) != (step == 0), **way  # type: ignore[arg-type]
+        )  # fmt: skip
+        model = _Mixed(words)
+        sf.federate(
+            model, given, plan, algorithm=sf.FedAvg(functools.partial(torch.optim.SGD, lr=0.5), local_steps=2),
+            engine=engine, loss=LOSS, source=sf.SeededSource(3),
+        )  # fmt: skip
+        found.append(flat(model))
+    assert torch.allclose(*found, rtol=0, atol=1e-5)
+
+
 class _AsOne(torch.optim.SGD):
     """Takes steps of a fixed length, which stacked clients would have in common."""
 
