@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import sfumato as sf
 from sfumato.engines import choosing
+from sfumato.errors import InputError
+from sfumato.learning.local_training import MakeOptimizer
 
 LOCAL = functools.partial(torch.optim.SGD, lr=0.1)
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -139,6 +141,55 @@ def test_an_optimiser_that_looks_at_all_weights_is_found_out(first: int) -> None
     assert torch.allclose(*found, rtol=0, atol=1e-6)
     with pytest.raises(sf.SfumatoError, match="optimiser"):
         after(sf.Simulation(way="stacked"), [8] * 6, bare(), LOSS, local=functools.partial(_AsOne, lr=0.5))
+
+
+def decayed_by_shape(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Decays matrices alone, as is the custom; stacked, an offset is a matrix too."""
+    held = list(parameters)
+    groups = [
+        {"params": [one for one in held if one.dim() > 1], "weight_decay": 0.5},
+        {"params": [one for one in held if one.dim() <= 1]},
+    ]
+    return torch.optim.SGD([group for group in groups if group["params"]], lr=0.1)
+
+
+def paced_by_shape(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [one], "lr": 0.5 if one.dim() > 1 else 0.1} for one in parameters], lr=0.1)
+
+
+@pytest.mark.parametrize("make", [decayed_by_shape, paced_by_shape])
+@pytest.mark.parametrize("engine", [sf.Simulation(), sf.Simulation(debug=True)])
+def test_an_optimiser_that_looks_at_shapes_does_what_it_does_alone(make: MakeOptimizer, engine: sf.Simulation) -> None:
+    def started() -> nn.Linear:
+        model = nn.Linear(4, 3)
+        nn.init.ones_(model.weight)
+        nn.init.zeros_(model.bias)  # in the first step nothing of it decays
+        return model
+
+    sizes, total, whole = [8] * 6, torch.zeros(15), started()
+    for _ in range(3):
+        total.zero_()
+        for one in population(sizes).values():
+            client = started()
+            client.load_state_dict(whole.state_dict())
+            LOSS(client(one.features), one.targets).backward()
+            make(client.parameters()).step()
+            total += flat(client).detach() / len(sizes)
+        torch.nn.utils.vector_to_parameters(total.clone(), whole.parameters())
+    found = after(engine, sizes, started(), LOSS, local=make, local_epochs=None, local_steps=1, batch_size=None)
+    assert torch.allclose(found, total, rtol=0, atol=1e-6)
+    with pytest.raises(sf.SfumatoError, match="optimiser"):
+        after(sf.Simulation(way="stacked"), sizes, started(), LOSS, local=make)
+
+
+@pytest.mark.parametrize(("kind", "more"), [(sf.Scaffold, {}), (sf.FedNova, {"local_epochs": 1})])
+def test_algorithms_that_know_their_steps_refuse_settings_that_differ(kind: type, more: dict[str, int]) -> None:
+    def uneven(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [one], "weight_decay": 0.1 * (one.dim() > 1)} for one in parameters], lr=0.1)
+
+    plan = sf.Plan.without_privacy(population=2, batch_size=2, steps=1, unit="client")
+    with pytest.raises(InputError, match="weight decay"):
+        sf.rounds(bare(), population([4, 4]), plan, algorithm=kind(uneven, **more), engine=sf.Simulation(), loss=LOSS)
 
 
 def test_without_padding_a_normalised_model_may_be_stacked() -> None:

@@ -452,4 +452,4 @@ def test_what_an_algorithm_cannot_do_is_refused() -> None:
 
 
 def test_a_learning_rate_may_be_a_whole_number() -> None:
-    assert Scaffold(functools.partial(torch.optim.SGD, lr=1)).training.plain_rate == 1.0
+    assert Scaffold(functools.partial(torch.optim.SGD, lr=1)).training.plain_rate() == 1.0

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sfumato as sf
 from sfumato.gradients.support import trainable
-from sfumato.learning.groups import ALONE, STACKED, Group, Hints
+from sfumato.learning.group_data import ALONE, STACKED
+from sfumato.learning.groups import Group, Hints
 from sfumato.learning.local_training import LocalTraining
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -136,9 +137,9 @@ def test_an_optimiser_that_is_not_known_to_work_by_element_never_stacks_clients(
         optimizer.register_step_pre_hook(lambda *_: None)
         return optimizer
 
-    assert sf.FedAvg(SGD).is_stackable
-    assert not sf.FedAvg(functools.partial(Clipped, lr=0.1)).is_stackable
-    assert not sf.FedAvg(hooked).is_stackable
+    assert sf.FedAvg(SGD).is_stackable(nn.Linear(2, 2))
+    assert not sf.FedAvg(functools.partial(Clipped, lr=0.1)).is_stackable(nn.Linear(2, 2))
+    assert not sf.FedAvg(hooked).is_stackable(nn.Linear(2, 2))
     clients = {f"c{index}": one for index, one in enumerate(some_records(40))}
     plan = sf.Plan.without_privacy(population=40, batch_size=40, steps=3, unit="client", sampling="full-batch")
     moved = []

@@ -159,8 +159,8 @@ def test_neighbouring_clients_and_epochs_have_unrelated_orders() -> None:
 def test_only_plain_sgd_has_a_plain_rate(
     optimizer: functools.partial[torch.optim.Optimizer], rate: float | None
 ) -> None:
-    assert LocalTraining(optimizer, steps=1).plain_rate == rate
-    assert LocalTraining(optimizer, steps=1, proximal=0.1).plain_rate is None
+    assert LocalTraining(optimizer, steps=1).plain_rate() == rate
+    assert LocalTraining(optimizer, steps=1, proximal=0.1).plain_rate() is None
 
 
 def test_what_is_out_of_range_is_refused() -> None:

@@ -89,7 +89,7 @@ class ClientRounds(Procedure):
         ways = [ALONE]
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             ways.insert(0, CHANNELS_LAST)
-        if algorithm.is_stackable and not draws.found:
+        if algorithm.is_stackable(model) and not draws.found:
             ways.insert(0, STACKED)
         self._runner = federation.engine.start(
             Task(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import final
 
 import torch
@@ -63,11 +62,7 @@ class Scaffold(Served):
     counts_alike = True
 
     def __post_init__(self) -> None:
-        if not self.training.plain_rate:
-            raise InputError(
-                "Scaffold reads a client's mean gradient off its update, which needs plain SGD; use "
-                "functools.partial(torch.optim.SGD, lr=...) without momentum or weight decay."
-            )
+        self._rate([torch.zeros(1)])
 
     @override
     def procedure(self, federation: Federation, noise: Aggregation | None) -> Procedure:
@@ -83,9 +78,19 @@ class Scaffold(Served):
             )
         return super().procedure(federation, noise)
 
+    def _rate(self, parameters: Iterable[Tensor]) -> float:
+        """Return the learning rate of the clients."""
+        if rate := self.training.plain_rate(parameters):
+            return rate
+        raise InputError(
+            "Scaffold reads a client's mean gradient off its update, which needs plain SGD with one learning rate; use "
+            "functools.partial(torch.optim.SGD, lr=...) without momentum or weight decay."
+        )
+
     @override
     def check(self, federation: Federation) -> None:
         super().check(federation)
+        self._rate(trainable(federation.model).values())  # a factory may look at the parameters
         if federation.weighting is not BY_RECORDS and not isinstance(federation.weighting, Uniform):
             raise PlanError(
                 f"Scaffold needs every client to count the same, and {federation.weighting} does not; leave weighting out, or "
@@ -106,8 +111,7 @@ class Scaffold(Served):
 
     @override
     def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
-        rate = self.training.plain_rate
-        assert rate is not None
+        rate = self._rate(trainable(group.model).values())
         push = {name.removeprefix(_CONTROL): shared[name] - own for name, own in kept.items()}
         ends, steps = group.train(self.training, {}, push=push)
         vectors = moved(group, ends)
@@ -158,23 +162,23 @@ class FedNova(Served):
     def __post_init__(self) -> None:
         if self.effective_steps is not None:
             _checks.positive("effective_steps", self.effective_steps)
-        _ = self._momentum
+        self._momentum([torch.zeros(1)])
 
-    @cached_property
-    def _momentum(self) -> float:
-        optimizer = self.training.optimizer([nn.Parameter(torch.zeros(1))])
-        group = optimizer.param_groups[0]
-        if type(optimizer) is not SGD or group["weight_decay"] or group["nesterov"] or group["dampening"]:
+    def _momentum(self, parameters: Iterable[Tensor]) -> float:
+        """Return the momentum of the clients."""
+        kind, _, each = self.training.settings(parameters)
+        momenta = {one["momentum"] for one in each} if kind is SGD else set()
+        if len(momenta) != 1 or any(one["weight_decay"] or one["nesterov"] or one["dampening"] for one in each):
             raise InputError(
-                "FedNova knows how far the steps of SGD go, with momentum or without; use "
+                "FedNova knows how far the steps of SGD go, with one momentum or without; use "
                 "functools.partial(torch.optim.SGD, lr=...) without weight decay, nesterov or dampening."
             )
-        momentum: float = group["momentum"]
-        return momentum
+        return float(momenta.pop())
 
     @override
     def check(self, federation: Federation) -> None:
         super().check(federation)
+        self._momentum(trainable(federation.model).values())  # a factory may look at the parameters
         if federation.plan.is_private and self.effective_steps is None:
             raise PlanError(
                 "The mean number of local steps tells how many records the clients have; declare effective_steps for FedNova."
@@ -192,7 +196,7 @@ class FedNova(Served):
     @override
     def client(self, group: Group, shared: Tensors, kept: Mapping[str, Tensor]) -> Work:
         ends, steps = group.train(self.training, {})
-        rho, tau = self._momentum, steps.to(torch.float64)
+        rho, tau = self._momentum(trainable(group.model).values()), steps.to(torch.float64)
         normaliser = (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
         vectors = moved(group, ends)
         for name in trainable(group.model):

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from sfumato import _checks
 from sfumato.errors import PlanError
+from sfumato.gradients.support import trainable
 from sfumato.learning.aggregation import Aggregation, LocalNoise
 from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.federated import ClientAlgorithm, Federation, Work, made_for
@@ -71,10 +72,9 @@ class Averaging(ClientAlgorithm):
         steps = 1 if self.local_steps is None and self.local_epochs is None else self.local_steps
         return LocalTraining(self.local, steps, self.local_epochs, self.batch_size, proximal)
 
-    @property
     @override
-    def is_stackable(self) -> bool:
-        return self.training.is_by_element
+    def is_stackable(self, model: nn.Module) -> bool:
+        return self.training.stacks(trainable(model).values())
 
     @override
     def check(self, federation: Federation) -> None:

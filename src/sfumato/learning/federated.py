@@ -239,9 +239,8 @@ class ClientAlgorithm(Algorithm):
 
     counts_alike: bool = False
 
-    @property
-    def is_stackable(self) -> bool:
-        """Whether clients that are stacked along a new dimension do what each does alone."""
+    def is_stackable(self, model: nn.Module) -> bool:
+        """Return whether clients that are stacked along a new dimension do what each does alone."""
         return True
 
     def shared(self, model: nn.Module) -> dict[str, Tensor]:

@@ -183,7 +183,7 @@ class Group:
             batches = Batches(batches.index[rows], batches.count[rows])
         weights, buffers = self._copied(begin)
         data = self._data(rows.tolist(), batches)
-        _Descent(training, weights, self._forward(weights), self.hints).run(buffers, data, batches, pull)
+        self._descent(training, weights).run(buffers, data, batches, pull)
         data.done()
         ends = {**weights, **buffers}
         return _picked(ends, torch.argsort(rows)) if moved else ends
@@ -196,9 +196,12 @@ class Group:
             weights = {name: channels_last(value) for name, value in weights.items()}
         own = Batches(batches.index[row : row + 1], batches.count[row : row + 1])
         with self._random([row]):
-            descent = _Descent(training, weights, self._forward(weights), self.hints)
-            descent.run(buffers, self._data([row], own), own, pull.at(row))
+            self._descent(training, weights).run(buffers, self._data([row], own), own, pull.at(row))
         return {**weights, **buffers}
+
+    def _descent(self, training: LocalTraining, weights: dict[str, Tensor]) -> _Descent:
+        rate = training.plain_rate(trainable(self.model).values())
+        return _Descent(training, rate, weights, self._forward(weights), self.hints)
 
     def _forward(self, weights: Mapping[str, Tensor]) -> _Forward:
         # Fresh copies, so that nothing a model or loss keeps of one client (a buffer, an attribute) reaches the next.
@@ -355,11 +358,12 @@ def _is_plain(loss: object) -> bool:
 
 @final
 class _Descent:
-    """The steps of local training over weights that are changed in place."""
+    """The steps of local training over weights that are changed in place; of plain SGD where a rate is given."""
 
-    def __init__(self, training: LocalTraining, weights: dict[str, Tensor], forward: _Forward, hints: Hints) -> None:
-        self._weights, self._forward, self._hints = weights, forward, hints
-        self._rate = training.plain_rate
+    def __init__(
+        self, training: LocalTraining, rate: float | None, weights: dict[str, Tensor], forward: _Forward, hints: Hints
+    ) -> None:  # fmt: skip
+        self._weights, self._forward, self._hints, self._rate = weights, forward, hints, rate
         if self._rate is None:
             self._parameters = {name: nn.Parameter(tensor) for name, tensor in weights.items()}
             self._optimizer = training.optimizer(list(self._parameters.values()))

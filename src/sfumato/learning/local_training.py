@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,22 @@ from sfumato.errors import InputError
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Makes an optimiser for given parameters, for example `functools.partial(torch.optim.SGD, lr=0.1)`."""
 
+_ANY = (torch.zeros(1),)
 _BY_ELEMENT = (SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop)
+
+
+class Settings(NamedTuple):
+    """What an optimiser does with some parameters.
+
+    Attributes:
+        kind: Its class.
+        is_hooked: Whether something else runs before or after its steps.
+        each: The settings of the group that each parameter is in, in their order.
+    """
+
+    kind: type[Optimizer]
+    is_hooked: bool
+    each: tuple[dict[str, Any], ...]
 
 
 @final
@@ -58,26 +73,47 @@ class LocalTraining:
                 _checks.count(name, count)
         _checks.non_negative("proximal", self.proximal)
 
-    @cached_property
-    def plain_rate(self) -> float | None:
-        """The learning rate, if a step is w - rate * gradient and nothing else."""
-        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
-        if not self.is_by_element or type(optimizer) is not SGD or len(optimizer.param_groups) != 1 or self.proximal:
+    def plain_rate(self, parameters: Iterable[Tensor] = _ANY) -> float | None:
+        """Return the learning rate, if for such parameters a step is w - rate * gradient and nothing else."""
+        made = self.settings(parameters)
+        if made.kind is not SGD or made.is_hooked or self.proximal:
             return None
-        group = optimizer.param_groups[0]
-        if group["momentum"] or group["weight_decay"] or group["maximize"] or not isinstance(group["lr"], (int, float)):
-            return None
-        return float(group["lr"])
+        for one in made.each:
+            if one["momentum"] or one["weight_decay"] or one["maximize"] or not isinstance(one["lr"], (int, float)):
+                return None
+        rates = {float(one["lr"]) for one in made.each}
+        return rates.pop() if len(rates) == 1 else None
 
-    @cached_property
-    def is_by_element(self) -> bool:
-        """Whether the optimiser is known to treat every coordinate alone: then stacked clients take the steps they take alone.
+    def stacks(self, parameters: Iterable[Tensor]) -> bool:
+        """Return whether stacked clients take the steps they take alone.
 
-        Any other might let one client move another, for example by a norm over all it holds.
+        So it is if the optimiser is known to treat every coordinate alone, and gives a parameter the same settings with one
+        more dimension. Any other might let one client move another, for example by a norm over all it holds.
         """
-        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
-        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        return type(optimizer) in _BY_ELEMENT and not hooked
+        given = list(parameters)
+        alone, many = self.settings(given), self.settings([value.expand(2, *value.shape) for value in given])
+        return alone.kind in _BY_ELEMENT and not alone.is_hooked and alone.each == many.each
+
+    def settings(self, parameters: Iterable[Tensor] = _ANY) -> Settings:
+        """Return what the optimiser does with parameters of these shapes: it may have groups that depend on them."""
+        given = list(parameters)
+        shapes = tuple(value.shape for value in given)
+        if shapes not in self._known:
+            stand_ins = [nn.Parameter(value.new_zeros(()).expand(value.shape)) for value in given]
+            optimizer = self.optimizer(stand_ins)
+            found = {
+                id(parameter): {name: value for name, value in group.items() if name != "params"}
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            }
+            hooked = bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+            held = tuple(found[id(parameter)] for parameter in stand_ins if id(parameter) in found)
+            self._known[shapes] = Settings(type(optimizer), hooked, held)
+        return self._known[shapes]
+
+    @cached_property
+    def _known(self) -> dict[tuple[torch.Size, ...], Settings]:
+        return {}
 
 
 @final
