@@ -427,6 +427,11 @@ class RollCall:
         self.answered: Counter[str] = Counter()
         self._last: dict[str, int] = {}
 
+    @property
+    def share(self) -> float:
+        """The chance to be lost, but for delays."""
+        return 0.0 if self._drop_out is None else self._drop_out.share
+
     def __call__(self, step: int, client: str) -> bool:
         """Whether this client is lost in this step."""
         lost = self._drop_out is not None and self._drop_out(step, client)

@@ -74,6 +74,7 @@ def test_every_algorithm_takes_its_knobs_and_trains(study, algorithm):
 
 def test_what_is_written_is_what_runs(study):
     made = {}
+    plain(study)
     for algorithm in KNOBS:
         study.config["training"] = training(algorithm)
         study.write()
@@ -202,6 +203,17 @@ BAD = {
     ),
     "quorum above the cohort": (private(quorum=3), "A quorum of 3 is more than the 2 clients"),
     "no workers": (trained(workers=0), "workers must be a whole number of at least 1"),
+    "a quantile out of reach": (
+        lambda study: (
+            of_clients(study), study.config["privacy"].update(clips={"kind": "adaptive", "quantile": 0.9}),
+            study.config.update(training=training("fedavg"), federation={"drop_out": 0.3})
+        ), "With 0.7 of the clients answering, the share within the clip norm would be told as 0.15 to 0.85",
+    ),
+    "a share of answers above 1": (
+        lambda study: (
+            private()(study), study.config["privacy"].update(clips={"kind": "adaptive", "answering": 1.5}),
+        ), "answering must lie in (0, 1]",
+    ),
     "one curator's federation": (
         lambda study: study.config.update(federation={"by": "owner"}), '[federation] goes with [training] mode = "federated"'
     ),

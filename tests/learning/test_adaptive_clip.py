@@ -134,6 +134,49 @@ def test_clients_norms_are_followed_as_well() -> None:
     assert steps[-1].clip_norm < 25.0
 
 
+def clip_norms(quantile: float, drop_out: float, rounds: int = 60, **declared: float) -> list[float]:
+    """Return the clip norms of rounds in which 100 clients' gradients have the norms 0.01, 0.02, ... 1."""
+    one = torch.tensor([[1.0]])
+    clients = {f"site-{row}": sf.Records(one * (row + 1) / 100, torch.zeros(1)) for row in range(100)}
+    plan = sf.Plan(
+        sf.Budget(100.0, 1e-3, unit="client"), sf.FullBatch(), 0.5, 2.0, rounds, 100,
+        clips=AdaptiveClip(quantile, rate=0.5, **declared),
+    )  # fmt: skip
+    steps: list[sf.Step] = []
+    sf.federate(
+        torch.nn.Linear(1, 1, bias=False), clients, plan, algorithm=sf.FedSGD(lambda p: torch.optim.SGD(p, lr=1e-6)),
+        engine=sf.Simulation(drop_out=drop_out, workers=1, way="alone"), loss=lambda outputs, targets: outputs.mean(),
+        on_step=steps.append,
+    )  # fmt: skip
+    return [step.clip_norm for step in steps]
+
+
+@pytest.mark.parametrize(("quantile", "drop_out"), [(0.8, 0.4), (0.8, 0.0), (0.3, 0.5)])
+def test_with_the_declared_share_of_answers_the_norm_is_that_of_the_quantile(quantile: float, drop_out: float) -> None:
+    norms = clip_norms(quantile, drop_out, answering=1 - drop_out)[-20:]
+    assert sum(norms) / 20 == pytest.approx(quantile, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("quantile", "drop_out", "told"),
+    [(0.8, 0.4, "0.2 to 0.8"), (0.1, 0.3, "0.15 to 0.85"), (0.9, 0.5, "0.25 to 0.75")],
+)
+def test_a_quantile_that_no_norm_reaches_is_refused(quantile: float, drop_out: float, told: str) -> None:
+    fix = rf"{told} .* quantile {quantile}; declare AdaptiveClip\(answering={1 - drop_out:.3g}\)"
+    with pytest.raises(PlanError, match=fix):
+        clip_norms(quantile, drop_out, rounds=2)
+    assert len(clip_norms(quantile, drop_out, rounds=2, answering=1 - drop_out)) == 2
+
+
+def test_records_of_lost_clients_count_as_well() -> None:
+    plan = plan_of(clips=AdaptiveClip(0.9))
+    with pytest.raises(PlanError, match="declare AdaptiveClip"):
+        sf.rounds(
+            toy_model(), toy_records(owners=6).by_owner(), plan, algorithm=sf.FedSGD(lambda p: torch.optim.SGD(p, lr=0.1)),
+            engine=sf.Simulation(drop_out=0.3), loss=LOSS,
+        )  # fmt: skip
+
+
 def test_a_schedule_of_clip_norms_is_followed() -> None:
     steps: list[sf.Step] = []
     model = toy_model()
@@ -143,7 +186,7 @@ def test_a_schedule_of_clip_norms_is_followed() -> None:
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    for wrong in ({"quantile": 1.5}, {"rate": 0}, {"accuracy": math.nan}):
+    for wrong in ({"quantile": 1.5}, {"rate": 0}, {"accuracy": math.nan}, {"answering": 0.0}, {"answering": 1.1}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             AdaptiveClip(**wrong)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match='needs clipping="flat"'):

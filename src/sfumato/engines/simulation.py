@@ -118,6 +118,14 @@ class Simulation:
         return DropOut(self.drop_out) if isinstance(self.drop_out, (int, float)) else self.drop_out
 
     @property
+    def answering(self) -> float | None:
+        """The share of the clients asked that answer; None where a function decides."""
+        if self.delay is not None:
+            return None
+        lost = 0.0 if self._drop_out is None else getattr(self._drop_out, "share", None)
+        return None if lost is None else 1 - lost
+
+    @property
     def looks_at_names(self) -> bool:
         """Whether anybody can be lost."""
         return self.drop_out is not None or self.delay is not None

@@ -58,8 +58,9 @@ class Control:
                 self._seen.append(Signal(size, math.sqrt(drawn)))
         if isinstance(self._plan.clips, AdaptiveClip) and released:
             total = math.fsum(float(one.value[UNCLIPPED]) for one in released.values())
-            share = terms.bounded.share_within(total, terms.rate * self._plan.population)
-            self._clip = self._plan.clips.next(terms.bounded, share, self._plan.clip)
+            clips = self._plan.clips
+            share = terms.bounded.share_within(total, clips.answers(terms.rate * self._plan.population))
+            self._clip = clips.next(terms.bounded, share, self._plan.clip)
 
     @property
     def spent(self) -> events.Event | None:

@@ -29,6 +29,7 @@ from sfumato.gradients import spare
 from sfumato.gradients.clipped import Loss
 from sfumato.gradients.compute import DEFAULT, Compute
 from sfumato.gradients.support import check_model, trainable
+from sfumato.learning.adaptive_clip import AdaptiveClip
 from sfumato.learning.aggregation import Aggregation
 from sfumato.learning.groups import Draws, Group, moving_statistics, running_statistics
 from sfumato.learning.local_training import MakeOptimizer
@@ -124,7 +125,10 @@ class Runner(Protocol):
 
 
 class Engine(Protocol):
-    """Where the clients of a round run."""
+    """Where the clients of a round run.
+
+    An engine may have an attribute `answering`: the share of the clients asked that answer, None where it is not known.
+    """
 
     def run(self, work: Callable[[str], Result], clients: Sequence[str], step: int) -> dict[str, Result]:
         """Return what `work` gave for each client that answered; who is missing was lost."""
@@ -298,10 +302,13 @@ def check_federation(federation: Federation) -> None:
     """Refuse a federation that cannot keep its plan.
 
     Raises:
-        PlanError: the sampler or the population does not fit the unit.
+        PlanError: the sampler or the population does not fit the unit, or too few clients answer for an adaptive clip norm.
         UnsupportedModelError: the model mixes records where they are protected one by one.
     """
     plan = federation.plan
+    answering = getattr(federation.engine, "answering", None)
+    if isinstance(plan.clips, AdaptiveClip) and answering is not None:
+        plan.clips.check_reached(answering)
     check_model(federation.model, mixing=not plan.is_private or federation.protects_clients)
     if isinstance(plan.sampler, (Shuffled, MinSeparation)) and not federation.counts_clients:
         kind = "Shuffled batches" if isinstance(plan.sampler, Shuffled) else "Steps that records keep apart"
