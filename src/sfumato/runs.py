@@ -162,7 +162,7 @@ def run_experiment(
         told = _result(experiment, chosen, said, ledger, score, seconds, result.steps, open_ones)
         _publish(folder, model, told, owner)
     stopped = result.stopped  # a private run tells its steps and its charge there
-    if stopped and not chosen.is_private:
+    if stopped and result.steps and not chosen.is_private:  # no step is left where it had stopped before
         stopped += f", at step {result.steps[-1].index} of {chosen.steps}"
     return Finished(said, score, result.lost, result.void, stopped, personal)
 

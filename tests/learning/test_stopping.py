@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,59 @@ def test_a_run_ends_when_its_rule_says_so() -> None:
     seen: list[int] = []
     looked = sf.Target(lambda model: seen.append(1) or len(seen) / 10, 0.3, every=2)  # type: ignore[func-returns-value]
     assert len(federate(plan, looked).steps) == 6
+
+
+def resumed(path: Path, rule: Stop, pauses: tuple[int, ...]) -> tuple[list[int], sf.TrainingResult]:
+    """Return the rounds of a run that is paused after some of its rounds, and once more after its end."""
+    records, rounds = toy_records(owners=6).by_owner(), []
+    plan = sf.Plan.without_privacy(population=60, batch_size=60, steps=20)
+    for pause in (*pauses, None, None):
+        training = sf.rounds(
+            toy_model(), records, plan, algorithm=FEDAVG, engine=sf.Simulation(workers=1, way="alone"), loss=LOSS,
+            stop=rule, checkpoint=sf.Checkpoint(path, resume=path.exists()),
+        )  # fmt: skip
+        for step in training:
+            rounds.append(step.index)
+            if step.index == pause:
+                training.pause()
+                break
+    return rounds, training.result()
+
+
+@pytest.mark.parametrize("pauses", [(), (4,), (1, 4)])
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (sf.Rounds(6), "6 rounds were asked for"),
+        (sf.Plateau(lambda model: 0.5, patience=5), "the score has not risen above 0.5 in 5 looks"),
+        (sf.Target(lambda model: 0.9, 0.8, every=6), "the score 0.9 reached the target 0.8"),
+        (sf.FirstOf((sf.Rounds(9), sf.Plateau(lambda model: 0.5, patience=5))), "not risen above 0.5 in 5 looks"),
+    ],
+)
+def test_a_run_that_is_resumed_stops_where_it_would_have_and_stays_stopped(
+    rule: Stop, said: str, pauses: tuple[int, ...], tmp_path: Path
+) -> None:
+    rounds, result = resumed(tmp_path / "run.pt", rule, pauses)
+    assert rounds == [1, 2, 3, 4, 5, 6]
+    assert said in result.stopped
+
+
+def test_a_private_run_that_has_stopped_stays_stopped_and_draws_nothing_more(tmp_path: Path) -> None:
+    plan = sf.Plan(sf.Budget(50.0, 1e-3, unit="client"), sf.FullBatch(), 1.0, 2.0, 8, 6)
+    taken = []
+    for resume in (False, True):
+        with sf.Ledger(tmp_path / "ledger.sqlite") as ledger:
+            if not resume:
+                ledger.grant("federation", plan.budget)
+            training = sf.rounds(
+                toy_model(), toy_records(owners=6).by_owner(), plan, algorithm=FEDAVG, loss=LOSS, stop=sf.Rounds(3),
+                engine=sf.Simulation(workers=1, way="alone"), ledger=ledger,
+                checkpoint=sf.Checkpoint(tmp_path / "run.pt", resume=resume),
+            )  # fmt: skip
+            taken.append([step.index for step in training])
+            assert training.result().stopped.startswith("3 rounds were asked for (3 of 8 steps were taken")
+            assert len([entry for entry in ledger.history() if entry.kind == "charge"]) == 1
+    assert taken == [[1, 2, 3], []]
 
 
 def test_a_private_run_that_stops_early_has_cost_the_whole_plan_and_says_what_it_looked_at() -> None:

@@ -2,6 +2,8 @@
 
 A run also ends with its plan, which is when its budget is spent. What a private run has been charged stays the cost of the
 whole plan: to stop early because of what was released gives nothing back, except under a filter (`learning.filters`).
+
+A run that goes on from a checkpoint counts all of its rounds and looks; one that a rule has ended stays ended.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, field
+from typing import Any, final
 
 from torch import nn
 from typing_extensions import override
@@ -22,6 +24,29 @@ Score = Callable[[nn.Module], float]
 """Tells how good a model is, higher is better: on public or held-out records, or through a release that is paid for."""
 
 
+Ask = Callable[[nn.Module, int], str | None]
+"""Called with (model, rounds done); returns why to stop, or None to go on."""
+
+Memory = dict[str, Any]
+"""Plain numbers by name."""
+
+
+@final
+@dataclass
+class Watched:
+    """What a stopping rule knows of a run, in all of its processes.
+
+    Attributes:
+        rounds: Steps that were done.
+        stopped: Why the rule ended the run; empty while it goes on.
+        memory: Of the rule.
+    """
+
+    rounds: int = 0
+    stopped: str = ""
+    memory: Memory = field(default_factory=dict)
+
+
 class Stop(ABC):
     """A rule that is asked after each round."""
 
@@ -29,8 +54,12 @@ class Stop(ABC):
     """Whether it looks at a score, which may come from private records."""
 
     @abstractmethod
-    def begin(self) -> Callable[[nn.Module, int], str | None]:
-        """Return what is called with (model, rounds done) after each round; it returns why to stop, or None to go on."""
+    def begin(self, memory: Memory | None = None) -> Ask:
+        """Return what is called after each round.
+
+        Args:
+            memory: Where the rule keeps what it has to know when the run goes on from a checkpoint; empty at first.
+        """
 
 
 @final
@@ -49,7 +78,7 @@ class Rounds(Stop):
         _checks.count("most", self.most)
 
     @override
-    def begin(self) -> Callable[[nn.Module, int], str | None]:
+    def begin(self, memory: Memory | None = None) -> Ask:
         return lambda _, done: f"{done} rounds were asked for" if done >= self.most else None
 
 
@@ -78,7 +107,7 @@ class Target(Stop):
             raise InputError(f"at must be a finite number, not {self.at}.")
 
     @override
-    def begin(self) -> Callable[[nn.Module, int], str | None]:
+    def begin(self, memory: Memory | None = None) -> Ask:
         def asked(model: nn.Module, done: int) -> str | None:
             if done % self.every:
                 return None
@@ -114,15 +143,18 @@ class Plateau(Stop):
         _checks.non_negative("by", self.by)
 
     @override
-    def begin(self) -> Callable[[nn.Module, int], str | None]:
-        best, flat = -math.inf, 0
+    def begin(self, memory: Memory | None = None) -> Ask:
+        kept: Memory = {} if memory is None else memory
+        kept.setdefault("best", -math.inf)
+        kept.setdefault("flat", 0)
 
         def asked(model: nn.Module, done: int) -> str | None:
-            nonlocal best, flat
             if done % self.every:
                 return None
             found = _number(self.score(model))
+            best, flat = kept["best"], kept["flat"]
             best, flat = (found, 0) if found > best + self.by else (best, flat + 1)
+            kept.update(best=best, flat=flat)
             above = f"above {best + self.by:.4g}"
             return f"the score has not risen {above} in {flat} looks" if flat >= self.patience else None
 
@@ -153,8 +185,9 @@ class FirstOf(Stop):
         object.__setattr__(self, "looks", any(rule.looks for rule in rules))
 
     @override
-    def begin(self) -> Callable[[nn.Module, int], str | None]:
-        begun = [rule.begin() for rule in self.rules]
+    def begin(self, memory: Memory | None = None) -> Ask:
+        kept: Memory = {} if memory is None else memory
+        begun = [rule.begin(kept.setdefault(str(place), {})) for place, rule in enumerate(self.rules)]
 
         def asked(model: nn.Module, done: int) -> str | None:
             answers = [ask(model, done) for ask in begun]  # each is asked, so that a plateau counts every look

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from sfumato.learning.control import Control
 from sfumato.learning.plan import Plan
 from sfumato.learning.procedure import NO_PERSONAL_MODELS, Procedure, Progress, zero_like
 from sfumato.learning.selfcheck import check_bounded, check_noised, check_scale
-from sfumato.learning.stopping import Stop
+from sfumato.learning.stopping import Stop, Watched
 from sfumato.learning.terms import Terms
 from sfumato.privacy import events
 from sfumato.privacy.books import Cost
@@ -126,8 +127,7 @@ class Training(Iterator[Step]):
         checkpoint: Checkpoint | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
         self.model, self.plan = model, plan
-        self._stop, self._asked = stop, None if stop is None else stop.begin()
-        self._stopped = ""
+        self._stop, self._watched = stop, Watched()
         self._procedure, self._account, self._source = procedure, account, source
         self._checkpoint = checkpoint if procedure.leads else None
         self._steps: list[Step] = []
@@ -146,6 +146,7 @@ class Training(Iterator[Step]):
         self._control = Control(plan)
         if self._checkpoint is not None:
             self._open_checkpoint(self._checkpoint)
+        self._ask = None if stop is None else stop.begin(self._watched.memory)
         procedure.start(self._fingerprint())
 
     def __iter__(self) -> Training:
@@ -156,9 +157,10 @@ class Training(Iterator[Step]):
             return self._next()
 
     def _next(self) -> Step:
-        if self.plan.is_private and self._procedure.leads:
+        over = bool(self._watched.stopped)
+        if self.plan.is_private and self._procedure.leads and not over:
             self._catch_up()
-        terms = self._agree(None if self._stopped else self._next_terms())
+        terms = self._agree(None if over else self._next_terms())
         if terms is None:
             self._end()
             raise StopIteration
@@ -172,8 +174,9 @@ class Training(Iterator[Step]):
         self._refuse_divergence()
         step = self._step(terms)
         self._steps.append(step)
-        if self._asked is not None:
-            self._stopped = self._asked(self.model, len(self._steps)) or ""
+        self._watched.rounds += 1
+        if self._ask is not None:
+            self._watched.stopped = self._ask(self.model, self._watched.rounds) or ""
         self._save_if_due()
         return step
 
@@ -204,10 +207,11 @@ class Training(Iterator[Step]):
         return self._procedure.personal_model(client)
 
     def _why(self) -> str:
-        if not self._stopped or not self.plan.is_private:
-            return self._stopped
+        stopped = self._watched.stopped
+        if not stopped or not self.plan.is_private:
+            return stopped
         charged = "" if self._control.spent is not None else "; the whole plan stays charged"
-        return f"{self._stopped} ({self._position} of {self.plan.steps} steps were taken{charged})"
+        return f"{stopped} ({self._position} of {self.plan.steps} steps were taken{charged})"
 
     def _next_terms(self) -> Terms | None:
         """Return what the next step is done with; None if there is none, or another process decides."""
@@ -415,6 +419,7 @@ class Training(Iterator[Step]):
             self.model.load_state_dict(content["model"])
             self._procedure.restore(content["procedure"])
             self._control.restore(content["control"])
+            self._watched = Watched(**content["watched"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"The checkpoint {path} belongs to another model or optimiser: {str(error).splitlines()[0]}"
@@ -425,7 +430,9 @@ class Training(Iterator[Step]):
 
     def _save_if_due(self) -> None:
         if self._checkpoint is not None and (
-            self._position - self._saved_at >= self._checkpoint.every or self._position == self.plan.steps
+            self._position - self._saved_at >= self._checkpoint.every
+            or self._position == self.plan.steps
+            or self._watched.stopped  # so that it stays stopped
         ):
             self._save()
 
@@ -446,6 +453,7 @@ class Training(Iterator[Step]):
             "model": self.model.state_dict(),
             "procedure": self._procedure.state(),
             "control": self._control.state(),
+            "watched": dataclasses.asdict(self._watched),
             "data": self._digest,
         }
 
