@@ -21,6 +21,7 @@ from sfumato.data.records import Records
 from sfumato.engines.choosing import Choice, Chooser
 from sfumato.engines.dropping import DropOut
 from sfumato.errors import InputError, SfumatoError
+from sfumato.learning.blame import blamed, naming
 from sfumato.learning.federated import Answer, Task
 from sfumato.learning.group_data import ALONE, STACKED
 
@@ -86,12 +87,8 @@ class Simulation:
         for name in clients:
             if self.loses(step, name):
                 continue
-            try:
+            with naming(name, step, "its part"):
                 answers[name] = work(name)
-            except SfumatoError as error:
-                raise _blamed(error, name, step) from error
-            except Exception as error:
-                raise _blamed(error, name, step, "its part") from None
         return answers
 
     def start(self, task: Task) -> Crew:
@@ -111,7 +108,7 @@ class Simulation:
             asked = "delay"
             return self.delay is not None and self.deadline is not None and self.delay(step, name) > self.deadline
         except Exception as error:  # the cause may be shown, because neither may look at records
-            raise _blamed(error, name, step, asked) from error
+            raise blamed(error, name, step, asked) from error
 
     @cached_property
     def _drop_out(self) -> Callable[[int, str], bool] | None:
@@ -252,10 +249,10 @@ class Crew:
                 made.append(self._task.population.at(number))
             except SfumatoError as error:
                 name = self._task.population.name_at(number)
-                raise _blamed(error, name, step, "making its records") from error
+                raise blamed(error, name, step, "making its records") from error
             except Exception as error:
                 name = self._task.population.name_at(number)
-                raise _blamed(error, name, step, "making its records") from None
+                raise blamed(error, name, step, "making its records") from None
         return made
 
     def _submit(self, choice: Choice, clients: Sequence[int], records: Sequence[Records], step: int) -> Future[Answer]:
@@ -279,7 +276,7 @@ class Crew:
         except SfumatoError as error:
             if way != ALONE:  # the sure way goes through, or its error names one client
                 return self._work(clients, records, step, ALONE)
-            raise _blamed(error, self._task.population.name_at(clients[0]), step) from error
+            raise blamed(error, self._task.population.name_at(clients[0]), step) from error
 
 
 def _check_called(name: str, asked: object) -> None:
@@ -297,15 +294,6 @@ def _check_called(name: str, asked: object) -> None:
         raise InputError(
             f"{name} is called with (step, client), which it cannot take; write it as a function of these two."
         ) from None
-
-
-def _blamed(error: Exception, client: str, step: int, stage: str = "") -> SfumatoError:
-    """Return an error that names the client and what was done; of sfumato's errors alone it tells the words."""
-    where = f'Client "{client}", step {step + 1}{stage and ", "}{stage}'
-    if isinstance(error, SfumatoError):
-        return type(error)(f"{where}: {error}")
-    # Any other may hold values of the records.
-    return InputError(f"{where}: it raised {type(error).__name__}; mend it.")
 
 
 @contextlib.contextmanager

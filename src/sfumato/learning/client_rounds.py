@@ -21,6 +21,7 @@ from sfumato.gradients.clipping import MAX_UNITS, clip_vectors, weighted_sum
 from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
 from sfumato.learning.agreement import agrees
+from sfumato.learning.blame import naming
 from sfumato.learning.federated import (
     Answer,
     ClientAlgorithm,
@@ -84,8 +85,9 @@ class ClientRounds(Procedure):
             )
         self._draws = plan.sampler.start(count, federation.source) if federation.counts_clients else None
         self._asked = self._answered = 0
+        self._witness: tuple[int, int] | None = None  # a client that answered, and the step
         draws = Draws(found=draws_numbers(model) or None)
-        self._hints, self._key = Hints(draws=draws), 0
+        self._hints, self._key, self._step = Hints(draws=draws), 0, 0
         ways = [ALONE]
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             ways.insert(0, CHANNELS_LAST)
@@ -146,7 +148,7 @@ class ClientRounds(Procedure):
 
     def ask(self, clients: Sequence[int], key: int, step: int) -> Answer:
         """Return what these clients hand in, those that were not lost."""
-        self._key, draws = key, self._hints.draws
+        self._key, self._step, self._witness, draws = key, step, None, self._hints.draws
         whole = Answer.joined(self._runner.answers(clients, step))
         if draws.late:  # once in a run: from now on clients are seeded and take turns
             draws.late = False
@@ -243,6 +245,7 @@ class ClientRounds(Procedure):
         self, clients: Sequence[int], vectors: dict[str, Tensor], weights: Tensor, kept: Mapping[str, Tensor]
     ) -> Answer:
         clipping = self.terms.bounded
+        self._witness = clients[0], self._step
         kept_by = _kept_of(clients, kept, torch.zeros(len(clients), dtype=torch.bool))
         if self.aggregation.takes_total:
             bounded, broken = clip_vectors(vectors, clipping, weights)
@@ -274,14 +277,17 @@ class ClientRounds(Procedure):
         return self._asked
 
     @override
-    def probe(self) -> Bounded:
-        number = 0
-        kept = self._first
-        with running(self._federation.model, "on a client's records", quote=False):
-            records = [self._federation.clients.at(number)]
-            group = Group(self._federation.model, self._federation.loss, [number], records, self._key, ALONE, Hints())
-            stacked = {name: value.unsqueeze(0) for name, value in kept.items()}
-            handed = self._algorithm.client(group, self._server.shared, stacked).vectors
+    def probe(self) -> Bounded | None:
+        if self._witness is None:
+            return None
+        (number, step), federation = self._witness, self._federation
+        with (
+            naming(federation.clients.name_at(number), step, "its self-check"),
+            running(federation.model, "on a client's records", quote=False),
+        ):
+            records = [federation.clients.at(number)]
+            group = Group(federation.model, federation.loss, [number], records, self._key, ALONE, Hints())
+            handed = self._algorithm.client(group, self._server.shared, self._kept_by([number])).vectors
         vectors = {name: handed[name] for name in self._shapes}
         return clip_vectors(vectors, self.terms.bounded, self._weighting.of(group.sizes))[0]
 

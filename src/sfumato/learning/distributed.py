@@ -304,7 +304,7 @@ class SharedProcedure(Procedure):
         return self._own.asked(step)
 
     @override
-    def probe(self) -> Bounded:
+    def probe(self) -> Bounded | None:
         return self._own.probe()
 
     @override

@@ -16,6 +16,7 @@ from sfumato.gradients.clipped import ClippedSum
 from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
+from sfumato.learning.blame import naming
 from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.federated import (
     ClientAlgorithm,
@@ -95,6 +96,7 @@ class _RecordSums(Procedure):
         check_for_records(federation)
         self._federation = federation
         self._names = list(federation.clients)
+        self._witness: tuple[str, int] | None = None  # a client that answered, and the step
         self._optimizer = made_for(federation.model, make)
         plan = federation.plan
         if plan.is_private:
@@ -111,7 +113,9 @@ class _RecordSums(Procedure):
     def contributions(self, step: int) -> dict[str, ClippedSum]:
         # Drawn here, in the clients' order, so that an engine that runs them in another order changes nothing.
         batches = {name: self._draws[name].batch(step) for name in self._names}
-        return self._federation.engine.run(lambda name: self._part(name, batches[name]), self._names, step)
+        answers = self._federation.engine.run(lambda name: self._part(name, batches[name]), self._names, step)
+        self._witness = next(((name, step) for name in answers), None)
+        return answers
 
     def _part(self, name: str, indices: Tensor) -> ClippedSum:
         federation = self._federation
@@ -121,8 +125,12 @@ class _RecordSums(Procedure):
     def asked(self, step: int) -> int:
         return len(self._names)
 
-    def probe(self) -> Bounded:
-        return self._part(self._names[0], torch.zeros(1, dtype=torch.int64)).bounded
+    def probe(self) -> Bounded | None:
+        if self._witness is None:
+            return None
+        name, step = self._witness
+        with naming(name, step, "its self-check"):
+            return self._part(name, torch.zeros(1, dtype=torch.int64)).bounded
 
     def apply(self, released: Mapping[str, Released], step: int) -> None:
         # Empty if every client was lost and, with LocalNoise, nobody else adds any.
@@ -136,7 +144,10 @@ class _RecordSums(Procedure):
         self._optimizer.zero_grad()
         for name, size in answers.items():
             if size:
-                with running(self._federation.model, "on a client's records", quote=True):
+                with (
+                    naming(name, step, "its part"),
+                    running(self._federation.model, "on a client's records", quote=True),
+                ):
                     loss = _loss_on(self._federation, self._federation.model, name, batches[name])
                     (loss * (size / total)).backward()
         if total:

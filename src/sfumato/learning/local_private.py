@@ -17,6 +17,7 @@ from sfumato.gradients.private import PrivateGradient
 from sfumato.gradients.support import trainable
 from sfumato.gradients.terms.term import Workspace
 from sfumato.learning.aggregation import LocalNoise
+from sfumato.learning.blame import naming
 from sfumato.learning.federated import (
     Federation,
     check_federation,
@@ -41,6 +42,7 @@ class LocalPrivateSteps(Procedure):
         check_for_records(federation)
         self._federation, self._local, self._local_steps = federation, local, local_steps
         self._sizes = _declared(federation)
+        self._witness: tuple[str, int] | None = None  # a client that answered, and the step
         self._draws = start_draws(federation, {})
         self.use_terms(federation.plan.terms(0))
         self._models = {name: copy.deepcopy(federation.model) for name in federation.clients}
@@ -59,7 +61,9 @@ class LocalPrivateSteps(Procedure):
     def contributions(self, step: int) -> dict[str, ClippedSum]:
         names = list(self._federation.clients)
         batches = {name: self._draws[name].batch(step) for name in names}
-        return self._federation.engine.run(lambda name: self._part(name, batches[name]), names, step)
+        answers = self._federation.engine.run(lambda name: self._part(name, batches[name]), names, step)
+        self._witness = next(((name, step) for name in answers), None)
+        return answers
 
     def _part(self, name: str, indices: Tensor) -> ClippedSum:
         features, targets = batch_on(self._models[name], self._federation.clients[name], indices)
@@ -70,8 +74,12 @@ class LocalPrivateSteps(Procedure):
         return len(self._federation.clients)
 
     @override
-    def probe(self) -> Bounded:
-        return self._part(next(iter(self._federation.clients)), torch.zeros(1, dtype=torch.int64)).bounded
+    def probe(self) -> Bounded | None:
+        if self._witness is None:
+            return None
+        name, step = self._witness
+        with naming(name, step, "its self-check"):
+            return self._part(name, torch.zeros(1, dtype=torch.int64)).bounded
 
     @override
     def apply(self, released: Mapping[str, Released], step: int) -> None:

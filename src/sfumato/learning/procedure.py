@@ -115,8 +115,11 @@ class Procedure(ABC):
         """Return how many clients were asked in step `step`."""
 
     @abstractmethod
-    def probe(self) -> Bounded:
-        """Return one unit's part alone, made by the same code, for the self-check of the first step."""
+    def probe(self) -> Bounded | None:
+        """Return one unit's part alone, made by the same code, for the self-check of the first step.
+
+        In a federation it is of a client that answered in this step; None if none did.
+        """
 
     @abstractmethod
     def apply(self, released: Mapping[str, Released], step: int) -> None:

@@ -18,20 +18,22 @@ from sfumato.privacy.bounded import Bounded, Released
 _PIECE = 2**16  # coordinates at a time, so that the check takes no memory to speak of
 
 
-def check_bounded(names: Iterable[str], parts: Mapping[str, Bounded], probe: Bounded) -> None:
+def check_bounded(names: Iterable[str], parts: Mapping[str, Bounded], probe: Bounded | None) -> None:
     """Stop a run in which one unit's part is too large or a parameter is missing; costs no budget.
 
     Args:
         names: The trainable parameters.
         parts: The sums that are to be released, by client.
-        probe: One unit's part alone, made by the same code.
+        probe: One unit's part alone, made by the same code; None where there is no unit.
 
     Raises:
         SelfCheckError: says which of the two failed.
     """
     for name in names:
-        if any(name not in part.value for part in [probe, *parts.values()]):
+        if any(name not in part.value for part in [*([] if probe is None else [probe]), *parts.values()]):
             raise SelfCheckError(f'The first step does not cover the trainable parameter "{name}"; training stopped.')
+    if probe is None:
+        return
     norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in probe.value.values()))
     if not norm <= probe.norm_bound:
         raise SelfCheckError(f"One unit's part is above the clip norm {probe.norm_bound:g}; training stopped.")

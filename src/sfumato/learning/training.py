@@ -308,8 +308,9 @@ class Training(Iterator[Step]):
         parts = {name: part.bounded for name, part in contributions.items()}
         shapes = self._procedure.shapes() or trainable(self.model)
         zero = zero_like(shapes, terms.bounded)
+        probe = None if self._checked else self._procedure.probe()
         if not self._checked:
-            check_bounded(shapes, parts, self._procedure.probe())
+            check_bounded(shapes, parts, probe)
         if self._charge is None:
             self._begin_charge()
         assert self._charge is not None
@@ -332,7 +333,7 @@ class Training(Iterator[Step]):
         check_scale(released, parts, noise_std(wide, terms.noise_multiplier, self.plan.budget.relation))
         if released and not self._checked:
             check_noised(shapes, summed, released, zero)
-            self._checked = True
+            self._checked = probe is not None
         return released
 
     def _refuse_divergence(self) -> None:
