@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import sfumato as sf
-from sfumato.errors import DivergedError, PlanError
+from sfumato.errors import DivergedError, InputError, LostClientsError, PlanError
 from sfumato.learning import training as loop
 from sfumato.learning.client_rounds import ClientRounds
 from sfumato.learning.federated import Algorithm, ClientAlgorithm, Federation, Work, made_for
@@ -460,6 +460,71 @@ def test_below_the_quorum_nothing_is_released_and_the_run_goes_on(
         assert training._charge.position == 6
         assert result.privacy.epsilon == pytest.approx(plan.spending.epsilon)
         assert any("void" in sentence for sentence in result.privacy.not_covered)
+
+
+@pytest.mark.parametrize("name", ["Ditto", "FedPer"])
+def test_a_round_that_lost_its_noise_leaves_what_clients_keep_as_it_was(name: str) -> None:
+    training = run(
+        ALGORITHMS[name], private(5), small_clients(5), noise=sf.SharedNoise(1),
+        engine=lost("site-0", "site-1", "site-2", steps=(1,)),
+    )  # fmt: skip
+    next(training)
+    procedure = training._procedure
+    assert isinstance(procedure, ClientRounds)
+    before = copy.deepcopy(procedure._kept)
+    assert len(before) == 5
+    with pytest.raises(LostClientsError):
+        next(training)
+    assert all(
+        torch.equal(value, before[row][key]) for row, own in procedure._kept.items() for key, value in own.items()
+    )
+    next(training)
+    assert not torch.equal(procedure._kept[3]["2.weight"], before[3]["2.weight"])
+
+
+def test_what_clients_keep_goes_back_to_where_the_model_is() -> None:
+    procedure = rounds_of(ALGORITHMS["Ditto"], plain(2), small_clients(2), ENGINE)
+    assert isinstance(procedure, ClientRounds)
+    procedure.plain(0)
+    state = procedure.state()
+    procedure._first = {name: value.to("meta") for name, value in procedure._first.items()}
+    procedure.restore(state)
+    assert {value.device.type for own in procedure._kept.values() for value in own.values()} == {"meta"}
+    assert len(procedure._kept) == 2
+
+
+class _Counts:
+    """A loss that remembers how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return LOSS(outputs, targets) * (1 + 0.5 * (self.calls % 3))
+
+
+class _Uncopied(_Counts):
+    def __deepcopy__(self, memory: object) -> _Uncopied:
+        raise TypeError("a secret 1234")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loss_remembers_nothing_of_one_client_for_the_next(workers: int) -> None:
+    found = []
+    for clients in (list(range(9)), list(reversed(range(9)))):
+        engine = sf.Simulation(workers=workers, way="alone")
+        training = run(sf.FedAvg(LOCAL, local_steps=2), plain(9), small_clients(9), engine=engine, loss=_Counts())
+        procedure = training._procedure
+        assert isinstance(procedure, ClientRounds)
+        found.append(torch.cat([value.flatten() for value in procedure.ask(clients, 7, 0).total.values()]))
+    assert torch.allclose(*found, rtol=0, atol=1e-5)
+
+
+def test_a_loss_that_cannot_be_copied_is_refused() -> None:
+    with pytest.raises(InputError, match=r"type _Uncopied, cannot be copied \(TypeError\)") as caught:
+        run(ALGORITHMS["FedAvg"], plain(3), small_clients(3), loss=_Uncopied())
+    assert "1234" not in str(caught.value)
 
 
 def test_a_run_may_begin_with_void_rounds() -> None:

@@ -41,7 +41,7 @@ class Numbered(ClientNames):
     """Names by a rule, `client-000017`, with as many digits as the last one needs.
 
     Raises:
-        InputError: prefix is no text or empty, or count is no whole number of at least 1.
+        InputError: prefix is no text, is empty or cannot be written to a file, or count is no whole number of at least 1.
     """
 
     prefix: str
@@ -50,6 +50,7 @@ class Numbered(ClientNames):
     def __post_init__(self) -> None:
         if not isinstance(self.prefix, str) or not self.prefix:
             raise InputError('The name of a population must be a text such as "client".')
+        check_name(f"{self.prefix}-0")
         _checks.count("The number of clients", self.count)
 
     @override
@@ -117,7 +118,7 @@ def check_name(name: object) -> None:
     """Refuse what cannot be the name of a client.
 
     Raises:
-        InputError: it is no text, is empty, or is "all".
+        InputError: it is no text, is empty, is "all", or cannot be written to a file.
     """
     if not isinstance(name, str):
         raise InputError(f"The name of a client must be of type str, not {kind_of(name)}; {MAPPING_FIX}.")
@@ -125,6 +126,12 @@ def check_name(name: object) -> None:
         raise InputError("The name of a client is empty; give every client a name.")
     if name == "all":
         raise InputError('"all" is what the sum over the clients is called; give the client another name.')
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The name of a client, {name!a}, holds half of a character, which no file takes; read it as UTF-8."
+        ) from None
 
 
 def kind_of(value: object) -> str:

@@ -16,7 +16,7 @@ from sfumato.data.participation import MinSeparation, SeparatedDraws
 from sfumato.data.records import Records
 from sfumato.errors import DivergedError, InputError, PlanError, UnsupportedModelError
 from sfumato.gradients import spare
-from sfumato.gradients.clipped import ClippedSum
+from sfumato.gradients.clipped import ClippedSum, Loss
 from sfumato.gradients.clipping import MAX_UNITS, clip_vectors, weighted_sum
 from sfumato.gradients.support import running, trainable
 from sfumato.learning.aggregation import Aggregation, ServerNoise
@@ -49,6 +49,7 @@ class ClientRounds(Procedure):
 
     def __init__(self, federation: Federation, noise: Aggregation | None, algorithm: ClientAlgorithm) -> None:
         check_federation(federation)
+        _check_copied(federation.loss)
         algorithm.check(federation)
         self._federation, self._algorithm = federation, algorithm
         plan, model = federation.plan, federation.model
@@ -59,6 +60,7 @@ class ClientRounds(Procedure):
         self._resting = running_statistics(model).keys() - self._shapes.keys()
         self._first = algorithm.kept(model)
         self._kept: dict[int, Tensors] = {}
+        self._to_keep: Mapping[int, Tensors] = {}  # of the round that is under way
         count = len(federation.clients)
         self.aggregation = (noise or ServerNoise()).begin()
         self.aggregation.check_clients(count)
@@ -156,12 +158,11 @@ class ClientRounds(Procedure):
         return whole
 
     def note(self, asked: int, answer: Answer) -> None:
-        """Take note of how a round went, and, unless it is void, of what its clients keep."""
+        """Take note of how a round went, and, unless it is void, of what its clients are to keep once it is used."""
         self._asked, self._answered = asked, answer.answered
         self.refused += answer.refused
         self.nonfinite += 0 if self.is_private else answer.nonfinite
-        if not self.is_void:
-            self._kept.update(answer.kept)
+        self._to_keep = {} if self.is_void else answer.kept
 
     def _cohort(self, step: int) -> list[int]:
         if self._draws is None:
@@ -332,7 +333,12 @@ class ClientRounds(Procedure):
         return answer.answered / len(self._federation.clients)
 
     def use(self, mean: Tensors, share: float) -> None:
-        """Let the server use the mean over a share of all clients, which is used up; without any, do nothing."""
+        """Let the server use the mean over a share of all clients, which is used up, and the clients keep what is theirs.
+
+        A round that is never used, because too few answered for its noise, leaves both as they were.
+        """
+        self._kept.update(self._to_keep)
+        self._to_keep = {}
         if mean:
             self._algorithm.update(self._server, mean, share)
 
@@ -413,8 +419,23 @@ class ClientRounds(Procedure):
         if self._draws is not None:
             sampler = federation.plan.sampler
             self._draws = sampler.start(len(federation.clients), federation.source, state["draws"])
-        self._kept = dict(state["kept"])
+        # A file is read to the memory of the processor, wherever the model is.
+        self._kept = {
+            number: {name: value.to(self._first[name]) for name, value in own.items()}
+            for number, own in state["kept"].items()
+        }
         self.aggregation.restore(state["aggregation"])
+
+
+def _check_copied(loss: Loss) -> None:
+    """Refuse a loss that clients would have to share, so that it could carry something of one to the next."""
+    try:
+        copy.deepcopy(loss)
+    except Exception as error:
+        raise InputError(
+            f"The loss, of the type {type(loss).__name__}, cannot be copied ({type(error).__name__}), and each client needs "
+            "one of its own; pass a function, or an object that copy.deepcopy can copy."
+        ) from None
 
 
 def _kept_of(clients: Sequence[int], kept: Mapping[str, Tensor], broken: Tensor) -> dict[int, Tensors]:

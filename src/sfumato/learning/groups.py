@@ -55,7 +55,8 @@ class Draws:
         found: None until it is known, for which a first client has to work while no other does. If True, every client is
             seeded on its own, and they have to take turns.
         late: Whether a client drew after the first did not, so that others may have drawn from the same stream meanwhile.
-        trusted: Whether the work of clients is all that draws from the stream meanwhile; a factory of records may, too.
+        trusted: Whether making clients leaves the stream alone. If a factory of records draws from it, an engine has to make
+            clients while none works, and to put the stream back.
     """
 
     found: bool | None = None
@@ -204,8 +205,9 @@ class Group:
         return _Descent(training, rate, weights, self._forward(weights), self.hints)
 
     def _forward(self, weights: Mapping[str, Tensor]) -> _Forward:
-        # Fresh copies, so that nothing a model or loss keeps of one client (a buffer, an attribute) reaches the next.
-        loss = copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
+        # Fresh copies, so that nothing a model or loss keeps of one client (a buffer, an attribute) reaches the next. A plain
+        # function is its own copy.
+        loss = copy.deepcopy(self.loss)
         # The trained parameters are put in anew at each call, so they need no copy; frozen ones a forward might write to. One
         # client's copy holds its own weights in between too, where activation checkpointing computes once more.
         own = trainable(self.model)
@@ -226,7 +228,7 @@ class Group:
     def _random(self, rows: Sequence[int]) -> Iterator[None]:
         """Seed what a client's dropout draws by the round and the client, whoever worked before it; watch whether it draws."""
         draws = self.hints.draws
-        if self.way == STACKED or (draws.found is False and not draws.trusted):  # stacked, torch refuses to draw
+        if self.way == STACKED:  # torch refuses to draw
             yield
             return
         if draws.found is False:
