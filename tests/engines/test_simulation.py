@@ -274,6 +274,41 @@ def test_a_factory_that_draws_from_the_same_stream_is_not_taken_for_the_model(dr
     assert chosen == [1 if drops else 2, 1]
 
 
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_factory_that_draws_hides_no_client_that_draws_late(name: str) -> None:
+    def make(number: int) -> sf.Records:
+        torch.manual_seed(number)
+        size = 1 + (number * 7) % 11  # three records first come with client 4
+        return sf.Records(torch.randn(size, 5), torch.randint(0, 3, (size,)))
+
+    population, found = sf.Population.from_factory(40, make), []
+    for engine in (DROPPING[name], sf.Simulation(debug=True)):
+        torch.manual_seed(len(found))
+        found.append(after(engine, plain(40), model=_Drops("some"), population=population))
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_compute_in_the_surroundings_of_the_caller(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, str, torch.dtype]] = []
+    honest = ClientRounds._work
+
+    def watched(rounds: ClientRounds, *given: object) -> object:
+        in_worker = threading.current_thread() is not threading.main_thread()
+        seen.append((in_worker, str(torch.get_default_device()), torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype))
+        return honest(rounds, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ClientRounds, "_work", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("cpu:0"):
+        after(sf.Simulation(workers=workers, way="alone"), plain())
+    assert {found[1:] for found in seen} == {("cpu:0", torch.bfloat16)}
+    assert any(found[0] for found in seen) == (workers > 1)
+    del seen[:]
+    after(sf.Simulation(workers=workers, way="alone"), plain())
+    assert {found[1:] for found in seen} == {("cpu", torch.float32)}
+
+
 def test_torch_is_tried_with_one_thread_and_with_all_where_one_group_works_at_a_time() -> None:
     torch.set_num_threads(2)
     seen: set[choosing.Choice] = set()

@@ -20,6 +20,7 @@ from sfumato.data.client_names import kind_of
 from sfumato.data.records import Records
 from sfumato.engines.choosing import Choice, Chooser
 from sfumato.engines.dropping import DropOut
+from sfumato.engines.surroundings import Surroundings
 from sfumato.errors import InputError, SfumatoError
 from sfumato.learning.blame import blamed, naming
 from sfumato.learning.federated import Answer, Task
@@ -37,9 +38,19 @@ class Simulation:
 
     While the first clients of a run are trained, ways to train them are timed against each other: many clients stacked along
     one more dimension, or one after the other; in chunks of several sizes; in one thread or in all, be they workers or
-    torch's own. The ways differ in rounding alone, so neither the number of workers nor the chunks change a result by more
-    than that. Clients whose model draws from torch's random numbers (dropout, wherever it is called) are seeded one by one,
-    and take turns. Clients are made when their chunk is due, so memory holds some chunks and one model for each worker.
+    torch's own. Before a way is used, it is compared in float64 with what one by one gives for some of the clients: it has to
+    agree to 1e-6 of the size of their updates. In one round, from the same model, ways, workers and chunks therefore differ by
+    the rounding of the model's own number type and the order of sums, for float32 usually below 1e-6 of a weight. Training may
+    amplify that from round to round, as it does any rounding, most of all where a gradient is divided by a small number (Adam's
+    first steps, a normalisation over few values). With `debug`, a run on the same machine repeats itself to the last digit.
+
+    Clients whose model draws from torch's random numbers (dropout, wherever it is called) are seeded one by one, and take
+    turns. Workers compute under the caller's autocast and default device. Clients are made when their chunk is due, so memory
+    holds some chunks and one model for each worker.
+
+    An error of one client ends the run, and names it: the round is not used, the model and what clients keep are those before
+    it, and the run can go on from its checkpoint once the cause is mended. Only an update that is NaN or infinite, or has
+    other names or shapes than the round's, is passed over, and counted in the result.
 
     Args:
         drop_out: Called with (step, client); True means that this client is lost in this step. It must not look at
@@ -137,7 +148,7 @@ class Crew:
         if not self._ways():
             raise InputError(
                 f'This federation cannot run its clients "{engine.way}": the model draws random numbers, or the optimiser of '
-                "the clients is not known to treat each weight alone. Leave way out."
+                "the clients is not known to treat each weight alone, whatever its shape. Leave way out."
             )
         self._chooser = self._choices()
         self._pools: dict[int, ThreadPoolExecutor] = {}
@@ -193,8 +204,9 @@ class Crew:
     def _first(self, number: int, step: int) -> Answer:
         """Let one client work while no other does: what it draws, it draws for all, and so does what makes its records."""
         draws, before = self._task.draws, torch.get_rng_state()
-        records = self._records([number], step)
+        records = self._made([number], step)
         draws.trusted = torch.equal(torch.get_rng_state(), before)
+        torch.set_rng_state(before)
         answer = self._work([number], records, step, ALONE)
         draws.found = bool(draws.found)
         return answer
@@ -224,6 +236,8 @@ class Crew:
         window = choice.chunk * choice.workers * _SORTED
         for start in range(0, len(clients), window):
             some = clients[start : start + window]
+            while waiting and not self._task.draws.trusted:  # nobody may work while clients are made
+                yield waiting.popleft().result()
             records = self._records(some, step)
             # Clients of like size are stacked together, so that less is computed only to be left out.
             order = sorted(range(len(some)), key=lambda row: (-len(records[row]), row))
@@ -243,6 +257,13 @@ class Crew:
         return min(choice.chunk, math.ceil(clients / choice.workers))
 
     def _records(self, clients: Sequence[int], step: int) -> list[Records]:
+        """Make clients; if that draws from torch's stream of random numbers, put it back, so that work can be watched."""
+        if self._task.draws.trusted:
+            return self._made(clients, step)
+        with torch.random.fork_rng(devices=[]):
+            return self._made(clients, step)
+
+    def _made(self, clients: Sequence[int], step: int) -> list[Records]:
         made = []
         for number in clients:
             try:
@@ -265,7 +286,13 @@ class Crew:
             self._pools[choice.workers] = ThreadPoolExecutor(
                 choice.workers, "sfumato-client", initializer=torch.set_num_threads, initargs=(choice.threads,)
             )
-        return self._pools[choice.workers].submit(self._work, clients, records, step, choice.way)
+        here = Surroundings.here()
+
+        def work() -> Answer:
+            with here.entered():
+                return self._work(clients, records, step, choice.way)
+
+        return self._pools[choice.workers].submit(work)
 
     def _work(self, clients: Sequence[int], records: Sequence[Records], step: int, way: str) -> Answer:
         if way != STACKED and len(clients) > 1:

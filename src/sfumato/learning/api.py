@@ -166,7 +166,11 @@ def federate(
     by: str | None = None, source: RandomSource | None = None, checkpoint: Checkpoint | None = None,
     compute: Compute = DEFAULT, on_step: Callable[[Step], None] | None = None,
 ) -> TrainingResult:  # fmt: skip
-    """Train to the end of the plan: `rounds`, run through. `on_step` is called after every round."""
+    """Train to the end of the plan: `rounds`, run through. `on_step` is called after every round.
+
+    An error of one client ends the run and names the client; the model is that of the round before, and a run with a
+    checkpoint can be resumed from it. Only an update that is NaN or infinite is passed over.
+    """
     training = rounds(
         model, clients, plan, algorithm=algorithm, engine=engine, loss=loss, noise=noise, populations=populations,
         weighting=weighting, quorum=quorum, stop=stop, available=available,
