@@ -206,11 +206,11 @@ class Group:
 
     def _forward(self, weights: Mapping[str, Tensor]) -> _Forward:
         # Fresh copies, so that nothing a model or loss keeps of one client (a buffer, an attribute) reaches the next. A plain
-        # function is its own copy.
-        loss = copy.deepcopy(self.loss)
+        # function is its own copy. Parameters that a loss holds stay the server's, so that `_Forward` finds them.
+        own = trainable(self.model)
+        loss = copy.deepcopy(self.loss, {id(value): value for value in own.values()})
         # The trained parameters are put in anew at each call, so they need no copy; frozen ones a forward might write to. One
         # client's copy holds its own weights in between too, where activation checkpointing computes once more.
-        own = trainable(self.model)
         same = {id(value): value if self.way == STACKED else nn.Parameter(weights[name]) for name, value in own.items()}
         idle = {value: name for name, value in own.items()} | {same[id(value)]: name for name, value in own.items()}
         return _Forward(copy.deepcopy(self.model, same), loss, idle, many=self.way == STACKED)
